@@ -1,0 +1,267 @@
+"""The GPT model and the token windows of lessons 02 and 06: the only code that scripts share.
+
+Parameter names and configuration keys are those of GPTModel in S. Raschka, "Build a Large Language
+Model (From Scratch)", folder ch05/10_llm-training-speed: its checkpoints load here strictly.
+Configuration: vocab_size, context_length, emb_dim, n_heads, n_layers, drop_rate, qkv_bias.
+Dimensions: B batch, T time (tokens), V vocabulary, D width (emb_dim).
+"""
+
+import itertools
+import os
+import re
+
+import numpy as np
+import tiktoken
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+# --- The model -----------------------------------------------------------------------------------
+
+class MultiHeadAttention(nn.Module):
+    """Causal self-attention (Vaswani et al. 2017, section 3.2). (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.n_heads, self.drop_rate = cfg["n_heads"], cfg["drop_rate"]
+        self.qkv = nn.Linear(cfg["emb_dim"], 3 * cfg["emb_dim"], bias=cfg["qkv_bias"])
+        self.proj = nn.Linear(cfg["emb_dim"], cfg["emb_dim"])
+
+    def forward(self, x, cache=None):
+        """cache: a dict that keeps keys and values from call to call; after the first, T is 1."""
+        B, T, D = x.shape
+        qkv = self.qkv(x).view(B, T, 3, self.n_heads, D // self.n_heads)
+        queries, keys, values = qkv.permute(2, 0, 3, 1, 4)  # each (B, n_heads, T, D / n_heads)
+        if cache:
+            keys = torch.cat([cache["keys"], keys], dim=2)
+            values = torch.cat([cache["values"], values], dim=2)
+        if cache is not None:
+            cache.update(keys=keys, values=values)
+        # PyTorch uses FlashAttention here where it can: no T x T matrix is stored. One new token
+        # may look at every key, so only longer inputs need the causal mask.
+        drop_rate = self.drop_rate if self.training else 0.0
+        x = F.scaled_dot_product_attention(queries, keys, values, None, drop_rate, is_causal=T > 1)
+        return self.proj(x.transpose(1, 2).reshape(B, T, D))
+
+class FeedForward(nn.Module):
+    """Two linear layers around GELU (tanh form, as in GPT-2). (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, D):
+        super().__init__()
+        gelu = nn.GELU(approximate="tanh")
+        self.layers = nn.Sequential(nn.Linear(D, 4 * D), gelu, nn.Linear(4 * D, D))
+
+    def forward(self, x):
+        return self.layers(x)
+
+class TransformerBlock(nn.Module):
+    """Pre-LayerNorm block (Radford et al. 2019, section 2.3). (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.att, self.ff = MultiHeadAttention(cfg), FeedForward(cfg["emb_dim"])
+        self.norm1, self.norm2 = nn.LayerNorm(cfg["emb_dim"]), nn.LayerNorm(cfg["emb_dim"])
+        self.drop_shortcut = nn.Dropout(cfg["drop_rate"])
+
+    def forward(self, x, cache=None):
+        x = x + self.drop_shortcut(self.att(self.norm1(x), cache))
+        return x + self.drop_shortcut(self.ff(self.norm2(x)))
+
+class GPTModel(nn.Module):
+    """GPT-2 with an output head of its own, not tied to the embedding.
+
+    gradient_checkpointing: store only each block's input, run the block again in the backward pass.
+    loss_chunks: compute the loss in so many parts, of which only one has its logits in memory.
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg, self.gradient_checkpointing, self.loss_chunks = dict(cfg), False, 1
+        self.tok_emb = nn.Embedding(cfg["vocab_size"], cfg["emb_dim"])
+        self.pos_emb = nn.Embedding(cfg["context_length"], cfg["emb_dim"])
+        self.drop_emb = nn.Dropout(cfg["drop_rate"])
+        self.trf_blocks = nn.ModuleList(TransformerBlock(cfg) for _ in range(cfg["n_layers"]))
+        self.final_norm = nn.LayerNorm(cfg["emb_dim"])
+        self.out_head = nn.Linear(cfg["emb_dim"], cfg["vocab_size"], bias=False)
+        # GPT-2 draws from N(0, 0.02); the two layers of each block that add to the residual stream
+        # get 1 / sqrt(2 n_layers) of that, because the stream sums so many of them.
+        for name, weight in self.named_parameters():
+            residual = name.endswith(("att.proj.weight", "ff.layers.2.weight"))
+            if weight.dim() == 2:
+                nn.init.normal_(weight, std=0.02 / (2 * cfg["n_layers"] if residual else 1) ** 0.5)
+            elif name.endswith(".bias"):
+                nn.init.zeros_(weight)
+
+    def forward(self, input_ids, targets=None, cache=None):
+        """(B, T) -> logits (B, T, V); with targets (B, T), -100 = ignored, -> their *summed* loss.
+
+        A sum, so that the caller can divide by the number of targets in the whole global batch.
+        cache: one dict per block, empty at the start (see MultiHeadAttention); not for training.
+        """
+        past = cache[0]["keys"].shape[2] if cache and cache[0] else 0
+        positions = torch.arange(past, past + input_ids.shape[1], device=input_ids.device)
+        x = self.drop_emb(self.tok_emb(input_ids) + self.pos_emb(positions))
+        for i, block in enumerate(self.trf_blocks):
+            if self.gradient_checkpointing and self.training:
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x, cache[i] if cache else None)
+        x = self.final_norm(x)
+        if targets is None:
+            return self.out_head(x)
+        x, targets = x.flatten(0, 1), targets.flatten()
+        if self.loss_chunks == 1:
+            return self.summed_loss(x, targets)
+        parts = zip(x.chunk(self.loss_chunks), targets.chunk(self.loss_chunks), strict=True)
+        return sum(checkpoint(self.summed_loss, *part, use_reentrant=False) for part in parts)
+
+    def summed_loss(self, hidden, targets):
+        """hidden (N, D), targets (N,) -> summed cross-entropy in nats, computed in fp32."""
+        return F.cross_entropy(self.out_head(hidden).float(), targets, reduction="sum")
+
+@torch.no_grad()
+def generate(model, input_ids, max_new_tokens, temperature=1.0, top_k=None, n_vocab=None, rng=None):
+    """Continue input_ids (B, T) by sampled ids; returns (B, T + max_new_tokens). temperature 0: the
+    likeliest. n_vocab: ids of the tokenizer; those above only pad the embedding and never come.
+    While the text fits into the context, only its newest token is computed (key-value cache); after
+    that the last context_length tokens are, for each id, because all their positions have moved."""
+    was_training, context_length = model.training, model.cfg["context_length"]
+    temperature, top_k = (1.0, 1) if temperature == 0 else (temperature, top_k)
+    cache = [{} for _ in model.trf_blocks]
+    model.eval()
+    for i in range(max_new_tokens):
+        if input_ids.shape[1] <= context_length:
+            logits = model(input_ids if i == 0 else input_ids[:, -1:], cache=cache)
+        else:
+            logits = model(input_ids[:, -context_length:])
+        logits = logits[:, -1, :n_vocab].float() / temperature
+        if top_k is not None:
+            kth_largest = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+            logits = logits.masked_fill(logits < kth_largest, float("-inf"))
+        next_ids = logits.softmax(dim=-1).multinomial(1, generator=rng)
+        input_ids = torch.cat([input_ids, next_ids], dim=1)
+    model.train(was_training)
+    return input_ids
+
+# --- The model as other programs know it ----------------------------------------------------------
+
+HF_NAMES = {
+    "tok_emb": "transformer.wte", "pos_emb": "transformer.wpe", "trf_blocks": "transformer.h",
+    "norm1": "ln_1", "att.qkv": "attn.c_attn", "att.proj": "attn.c_proj",
+    "norm2": "ln_2", "ff.layers.0": "mlp.c_fc", "ff.layers.2": "mlp.c_proj",
+    "final_norm": "transformer.ln_f", "out_head": "lm_head",
+}
+
+def rename_weights(weights, names):
+    """Rename by parts of names; transpose the blocks' matrices, which GPT-2 keeps as (in, out)."""
+    renamed = {}
+    for name, weight in weights.items():
+        transpose = weight.dim() == 2 and name.startswith(("trf_blocks.", "transformer.h."))
+        for old, new in names.items():
+            name = name.replace(old, new)
+        renamed[name] = weight.T.contiguous() if transpose else weight
+    return renamed
+
+def load_weights(source):
+    """Weights for GPTModel and the part of the configuration that they fix, from a .pth state dict
+    (also of DDP or compile), or a GPT-2-type Hugging Face folder or hub name. Raises ValueError for
+    another kind of model, OSError for files that cannot be had."""
+    if str(source).endswith((".pth", ".pt")):
+        weights, sizes = torch.load(source, map_location="cpu", weights_only=True), {}
+        weights = {re.sub(r"module\.|_orig_mod\.", "", name): w for name, w in weights.items()}
+    else:
+        from transformers import AutoModelForCausalLM
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        weights = rename_weights(model.state_dict(), {hf: own for own, hf in HF_NAMES.items()})
+        sizes = {"n_heads": model.config.num_attention_heads}
+    if not {"out_head.weight", "trf_blocks.0.att.qkv.weight"} <= set(weights):
+        raise ValueError(f"{source} is no GPT-2-type model: its weights begin {list(weights)[:2]}")
+    vocab_size, emb_dim = weights["tok_emb.weight"].shape
+    sizes |= {"vocab_size": vocab_size, "emb_dim": emb_dim}
+    sizes["context_length"] = len(weights["pos_emb.weight"])
+    sizes["n_layers"] = len({name.split(".")[1] for name in weights if "trf_blocks" in name})
+    sizes["qkv_bias"] = "trf_blocks.0.att.qkv.bias" in weights
+    return weights, sizes
+
+def save_hugging_face(model, encoding, chat_template, folder):
+    """Write the folder of a GPT2LMHeadModel with the same logits, and with the tokenizer that equals
+    the tiktoken.Encoding. Ids that have no token are never generated."""
+    from safetensors.torch import save_file
+    from transformers import GenerationConfig, GPT2Config, PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+    cfg, end, name = model.cfg, encoding.eot_token, encoding.decode([encoding.eot_token])
+    weights = rename_weights(model.state_dict(), HF_NAMES)
+    for i in range(cfg["n_layers"]):  # GPT-2 always has this bias
+        no_bias = torch.zeros(3 * cfg["emb_dim"])
+        weights.setdefault(f"transformer.h.{i}.attn.c_attn.bias", no_bias)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    GPT2Config(vocab_size=cfg["vocab_size"], n_positions=cfg["context_length"], n_embd=cfg["emb_dim"],
+               n_layer=cfg["n_layers"], n_head=cfg["n_heads"], bos_token_id=end, eos_token_id=end,
+               tie_word_embeddings=False, architectures=["GPT2LMHeadModel"], dtype="float32",
+               ).save_pretrained(folder)
+    unused = list(range(encoding.n_vocab, cfg["vocab_size"])) or None
+    GenerationConfig(bos_token_id=end, eos_token_id=end, pad_token_id=end, do_sample=True,
+                     suppress_tokens=unused).save_pretrained(folder)
+    converter = TikTokenConverter(None, encoding._pat_str, extra_special_tokens=[name])
+    converter.load_tiktoken_bpe = lambda _: encoding._mergeable_ranks
+    PreTrainedTokenizerFast(tokenizer_object=converter.converted(), bos_token=name, eos_token=name,
+                            model_max_length=cfg["context_length"], chat_template=chat_template,
+                            ).save_pretrained(folder)
+
+# --- Token windows --------------------------------------------------------------------------------
+
+def load_encoding(name):
+    """A tiktoken.Encoding: "gpt2" (OSError offline), or "bytes", one id per byte and an end."""
+    if name != "bytes":
+        return tiktoken.get_encoding(name)
+    ranks, end = {bytes([i]): i for i in range(256)}, {"<|endoftext|>": 256}
+    return tiktoken.Encoding(name, pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens=end)
+
+def text_pieces(path, size=2**20):
+    """Yield a UTF-8 text as strings of about size characters, in O(size) memory. They end where a line
+    does, at a border of GPT-2's pattern: the tokens are those of the whole text. Raises ValueError for
+    a text that is empty, or not UTF-8 (with the byte's offset)."""
+    piece, offset = "", 0
+    with open(path, "rb") as file:
+        for line in file:
+            try:
+                text = line.decode("utf-8" if offset else "utf-8-sig")
+            except UnicodeDecodeError as problem:
+                raise ValueError(f"{path} is not UTF-8 at byte {offset + problem.start}") from None
+            if len(piece) > size and piece.rstrip("\r\n")[-1:].strip() and text[0].strip():
+                yield piece
+                piece = ""
+            piece, offset = piece + text, offset + len(line)
+    if not piece:
+        raise ValueError(f"{path} is empty")
+    yield piece
+
+def write_tokens(paths, encoding, file):
+    """Append the texts to file as ids, uint16 or, if needed, uint32, with an end token after each."""
+    dtype = np.uint16 if encoding.n_vocab <= 2**16 else np.uint32
+    for path in paths:
+        pieces = text_pieces(path)
+        while batch := list(itertools.islice(pieces, 64)):
+            for ids in encoding.encode_ordinary_batch(batch, num_threads=os.cpu_count() or 1):
+                file.write(np.array(ids, dtype).tobytes())
+        file.write(np.array([encoding.eot_token], dtype).tobytes())
+
+class TokenWindows:
+    """Windows of context_length tokens over a memory-mapped array of ids; O(1) memory each.
+
+    Window i is tokens[i * stride :][:context_length]; its targets lie one token further.
+    """
+
+    def __init__(self, tokens, context_length, stride):
+        self.tokens, self.context_length, self.stride = tokens, context_length, stride
+
+    def __len__(self):
+        return max(0, (len(self.tokens) - self.context_length - 1) // self.stride + 1)
+
+    def batch(self, indices):
+        """Returns input_ids and targets, each (len(indices), context_length), int64."""
+        starts = [int(i) * self.stride for i in indices]
+        rows = np.stack([self.tokens[start : start + self.context_length + 1] for start in starts])
+        rows = torch.from_numpy(rows.astype(np.int64))
+        return rows[:, :-1], rows[:, 1:]
