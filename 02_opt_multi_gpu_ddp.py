@@ -1,22 +1,17 @@
 """02 - Pretrain a GPT on several GPUs with DistributedDataParallel (DDP).
 
-You learn   1. what torchrun sets (RANK, LOCAL_RANK, WORLD_SIZE) and who uses which
-            2. how every rank takes its own slice of one global batch
-            3. where gradients are averaged: inside backward(), while it still runs
-            4. why the losses do not depend on the number of GPUs
+You learn   what torchrun sets and who uses it; how every rank takes its slice of one global batch;
+            where gradients are averaged; why the losses do not depend on the number of GPUs
 Run it      torchrun --nproc_per_node=2 02_opt_multi_gpu_ddp.py --preset tiny    # no GPU needed
             torchrun --nproc_per_node=4 02_opt_multi_gpu_ddp.py                  # 1.42 B, 4 GPUs
 Expect      EXPECT
 Reads       --text_file: your text, Middlemarch (fetched once), or the manual inside every Python
 Writes      gpt_output/{metrics.jsonl, loss.png, loss.pdf, runs/, checkpoint.pt, final_model/}
-If it hangs NCCL_DEBUG=INFO TORCH_DISTRIBUTED_DEBUG=DETAIL names the operation that waits.
-No memory?  --dry_run shows what takes it. Half --batch_size with twice
-            --gradient_accumulation_steps gives the same result in less room.
-Sources     DDP: Li et al. 2020 (arXiv:2006.15704). Model: GPT-2, Radford et al. 2019. Set-up: S.
-            Raschka, "Build a Large Language Model (From Scratch)", ch05/10_llm-training-speed.
+If it hangs NCCL_DEBUG=INFO TORCH_DISTRIBUTED_DEBUG=DETAIL names the operation that waits
+Sources     Li et al. 2020 (arXiv:2006.15704: DDP); Radford et al. 2019 (GPT-2); S. Raschka, "Build
+            a Large Language Model (From Scratch)", ch05/10_llm-training-speed (set-up, names)
 """
 
-import functools
 import glob
 import hashlib
 import itertools
@@ -31,6 +26,7 @@ import zipfile
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal
 
@@ -50,31 +46,24 @@ from transformers.hf_argparser import HfArg, HfArgumentParser
 import common
 
 PRESETS = {
-    "1.4B": {},  # the defaults of Config
-    "124M": dict(emb_dim=768, n_heads=12, n_layers=12, batch_size=16),
+    "1.4B": dict(warmup_steps=20),  # and the defaults of Config
+    "124M": dict(emb_dim=768, n_heads=12, n_layers=12, batch_size=16, warmup_steps=20),
     "tiny": dict(text_file="python_docs", tokenizer="bytes", vocab_size=257, context_length=128,
                  emb_dim=128, n_heads=4, n_layers=4, drop_rate=0, batch_size=16, eval_every=200,
                  gradient_accumulation_steps=1, max_steps=1000, learning_rate=2e-3,
                  lr_scaling="none", warmup_steps=50, sample_prompt="The class"),
 }
 PRESETS["auto"] = PRESETS["1.4B" if torch.cuda.is_available() else "tiny"]
-MIDDLEMARCH = "https://www.gutenberg.org/cache/epub/145/pg145.txt"
-# Dense bf16 FLOP/s from the makers' data sheets. A GPU that is not listed gets no MFU.
+MIDDLEMARCH = "https://www.gutenberg.org/cache/epub/145/pg145.txt"  # about 475,000 GPT-2 tokens
+# Dense bf16 FLOP/s by the makers' data sheets. A GPU that is not listed gets no MFU.
 PEAK_FLOPS = {"NVIDIA H200": 989e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12,
-              "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA L4": 121e12,
-              "NVIDIA L40S": 362e12, "NVIDIA GeForce RTX 4090": 165e12}
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ message.role }}: {{ message.content }}"
-    "{{ eos_token if message.role == 'assistant' else '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}assistant:{% endif %}"
-)
+              "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA L4": 121e12}
 AutoOnOff = Literal["auto", "on", "off"]
 
 @dataclass(frozen=True)
 class Config:
     """Every field is a flag; the defaults are --preset 1.4B."""
-
-    # A run is these values: a resumed run must have the same.
+    # What a run is: the same when it is resumed.
     vocab_size: int = HfArg(default=50304, help="GPT-2's 50,257 ids, padded to a multiple of 64")
     context_length: int = HfArg(default=1024, help="tokens per window")
     emb_dim: int = HfArg(default=2048, help="width")
@@ -87,19 +76,19 @@ class Config:
     val_fraction: float = HfArg(default=0.1, help="share of the text, its end, for validation")
     learning_rate: float = HfArg(default=5e-4, help="highest learning rate, before lr_scaling")
     lr_scaling: Literal["linear", "sqrt", "none"] = HfArg(default="linear", help="with world size")
-    warmup_steps: int = HfArg(default=20, help="linear warm-up; half a cosine follows")
+    warmup_steps: int = HfArg(default=0, help="linear warm-up; half a cosine follows")
     min_lr_ratio: float = HfArg(default=0.1, help="last learning rate / highest; 1 = constant")
     weight_decay: float = HfArg(default=0.1, help="AdamW's, on matrices only")
     adam_beta1: float = HfArg(default=0.9, help="AdamW's decay of the mean")
     adam_beta2: float = HfArg(default=0.95, help="AdamW's decay of the variance")
     max_grad_norm: float = HfArg(default=1.0, help="longer gradients are scaled down to this norm")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = HfArg(default="auto", help="of autocast")
-    seed: int = HfArg(default=123, help="fixes initial weights, data order, dropout and samples")
-    # These may change, batch_size x gradient_accumulation_steps x processes must not.
-    preset: Literal["auto", "1.4B", "124M", "tiny"] = HfArg(default="auto", help="tiny without CUDA")
+    seed: int = HfArg(default=0, help="fixes initial weights, data order, dropout and samples")
+    # What may change; only batch_size x gradient_accumulation_steps x processes must stay.
+    preset: Literal["auto", "1.4B", "124M", "tiny"] = HfArg(default="auto", help="1.4B with CUDA")
     config: str = HfArg(default="", help="YAML file of flags; the command line wins over it")
-    text_file: list[str] = HfArg(default_factory=lambda: ["middlemarch"], help="UTF-8 files, globs, "
-                                 "middlemarch (fetched once) or python_docs (inside Python)")
+    text_file: list[str] = HfArg(default_factory=lambda: ["middlemarch"], help="UTF-8 files, globs;"
+                                 " or middlemarch (fetched once), python_docs (inside Python)")
     init_from: str = HfArg(default="", help="GPT-2-type folder, hub name or .pth; sets the sizes")
     output_dir: str = HfArg(default="gpt_output", help="folder for everything that is written")
     overwrite: bool = HfArg(default=False, help="replace the run that output_dir holds")
@@ -115,7 +104,6 @@ class Config:
     loss_chunks: int = HfArg(default=1, help="parts of the loss: more take less memory for logits")
     gradient_checkpointing: AutoOnOff = HfArg(default="auto", help="less memory, more time")
     shard_optimizer: AutoOnOff = HfArg(default="auto", help="each rank keeps part of Adam's state")
-    deterministic: bool = HfArg(default=False, help="the same bits twice on a GPU; slower")
     timeout_seconds: int = HfArg(default=1800, help="longest wait for another rank")
     log_every: int = HfArg(default=10, help="steps")
     eval_every: int = HfArg(default=50, help="steps; every other evaluation shows a sample")
@@ -124,21 +112,20 @@ class Config:
 
     def __post_init__(self):
         for field in fields(self):
-            name, value = field.name, getattr(self, field.name)
-            least = min(field.default, name not in ("warmup_steps", "seed")) if field.type is int else 0
+            value = getattr(self, field.name)
+            least = min(field.default, 1) if field.type is int else 0
             if field.type in (int, float) and not least <= value < math.inf:
-                raise ValueError(f"--{name}={value} must be finite and at least {least:d}")
+                raise ValueError(f"--{field.name}={value} must be finite and at least {least}")
         if self.emb_dim % self.n_heads:
-            works = max(n for n in range(1, self.n_heads) if self.emb_dim % n == 0)
-            raise ValueError(f"--emb_dim={self.emb_dim} is no multiple of --n_heads={self.n_heads}; "
-                             f"--n_heads={works} works")
+            works = -(-self.emb_dim // self.n_heads) * self.n_heads
+            raise ValueError(f"--emb_dim={self.emb_dim} is not divisible by --n_heads="
+                             f"{self.n_heads}; --emb_dim={works} is")
         if self.resume and self.overwrite:
             raise ValueError("--resume and --overwrite contradict each other; give one of them")
 
 # Copied between scripts: parse_config
 def parse_config(config_class, presets):
-    """Defaults, then --preset, then --config file.yaml, then the command line: the last one wins, and
-    one parser checks them all. Returns a config_class."""
+    """Defaults, then --preset, then --config file.yaml, then the command line: the last wins."""
     parser = HfArgumentParser(config_class, allow_abbrev=False, usage="%(prog)s [--flag value] ...")
     parser.error = lambda message: sys.exit(f"error: {message}; --help lists the flags")
     given = parser.parse_known_args()[0]
@@ -147,7 +134,8 @@ def parse_config(config_class, presets):
         raise ValueError(f"--config={given.config} must hold lines of the form flag: value")
     arguments = []
     for name, value in {**presets.get(getattr(given, "preset", ""), {}), **values}.items():
-        arguments += [f"--{name}", *value] if isinstance(value, list) else [f"--{name}={value}"]
+        many = isinstance(value, list)
+        arguments += [f"--{name}", *map(str, value)] if many else [f"--{name}={value}"]
     config, unknown = parser.parse_args_into_dataclasses(
         arguments + sys.argv[1:], return_remaining_strings=True, look_for_args_file=False)
     return parser.error(f"unknown: {' '.join(unknown)}") if unknown else config
@@ -156,19 +144,18 @@ def parse_config(config_class, presets):
 # Copied between scripts: setup_distributed
 def setup_distributed(device, backend, timeout_seconds):
     """Join the processes that torchrun started; plain python is a world of one, without a group.
-    RANK names this process among all WORLD_SIZE; LOCAL_RANK only chooses the GPU on this machine.
+    RANK names this process among all WORLD_SIZE; LOCAL_RANK only chooses the GPU on its machine.
     Returns (rank, world_size, device). Raises ValueError for what this machine does not have."""
-    names = ("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("SLURM_NTASKS", 1)
-    rank, local_rank, world_size, tasks = (int(os.environ.get(*name)) for name in names)
-    if tasks > 1 and "RANK" not in os.environ:
+    if "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1:
         raise ValueError("SLURM_NTASKS > 1 without RANK: start one task per node, torchrun in it")
-    gpus = torch.cuda.device_count()
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if device == "auto":
         device = "cuda" if gpus else "mps" if torch.backends.mps.is_available() else "cpu"
     if backend == "auto":
         backend = "nccl" if device == "cuda" else "gloo"
     if (device == "cuda" and gpus == 0) or (backend == "nccl" and local_rank >= gpus):
-        raise ValueError(f"--device={device} --backend={backend} needs a GPU per process, there are "
+        raise ValueError(f"--device={device} --backend={backend} needs a GPU per process, here are "
                          f"{gpus}; start fewer processes, or take --device=cpu --backend=gloo")
     if device == "cuda":
         device = f"cuda:{local_rank % gpus}"  # under gloo, processes may share a GPU
@@ -181,108 +168,100 @@ def setup_distributed(device, backend, timeout_seconds):
 # Copied between scripts: resolve_precision
 def resolve_precision(precision, device):
     """auto: what accelerate launch was told, else bf16 where the hardware has it, else fp32."""
-    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if launched in ("bf16", "fp16") and precision not in ("auto", launched):
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").replace("no", "auto")
+    if "auto" not in (precision, launched) and precision != launched:
         raise ValueError(f"--precision={precision}, but accelerate launch was told {launched}")
-    if precision == "auto":
-        cpu = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
-        gpu = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        bf16 = gpu or cpu.get("avx512_bf16") or cpu.get("amx_bf16")
-        precision = launched if launched in ("bf16", "fp16") else "bf16" if bf16 else "fp32"
+    precision = launched if precision == "auto" else precision
     if precision == "fp16" and device.type != "cuda":
         raise ValueError("--precision=fp16 needs a CUDA GPU; use bf16 or fp32")
-    return precision
+    cpu = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+    gpu = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    bf16 = gpu or cpu.get("avx512_bf16") or cpu.get("amx_bf16")
+    return precision if precision != "auto" else "bf16" if bf16 else "fp32"
 # End of copied block: resolve_precision
 
 # Copied between scripts: ranks
 def on_rank_0(action, *arguments):
-    """Run action on rank 0 while the others wait. Every rank returns its result or raises its error:
-    a missing file ends all processes at once and leaves none waiting for the others."""
-    outcome = [None, None]
+    """Run action on rank 0 while the others wait. All return its result, or raise its error: a
+    missing file ends every process at once and leaves none waiting."""
+    result, problem = None, None
     if int(os.environ.get("RANK", 0)) == 0:
         try:
-            outcome[0] = action(*arguments)
-        except (OSError, ValueError) as problem:
-            outcome[1] = str(problem)
+            result = action(*arguments)
+        except (OSError, ValueError) as error:
+            problem = str(error)
     if dist.is_initialized():
-        dist.broadcast_object_list(outcome, src=0)
-    if outcome[1] is not None:
-        raise ValueError(outcome[1])
-    return outcome[0]
+        dist.broadcast_object_list(outcome := [result, problem], src=0)
+        result, problem = outcome
+    if problem:
+        raise ValueError(problem)
+    return result
 
 def sum_over_ranks(device, *values):
-    """Each number, or tensor of one number, added up over all ranks; every rank gets the sums."""
-    if not dist.is_initialized():
-        return [float(value) for value in values]
-    totals = torch.tensor([float(value) for value in values], dtype=torch.float64, device=device)
-    dist.all_reduce(totals)
-    return totals.tolist()
+    """Numbers, or tensors of one number, each added up over all ranks; every rank gets the sums."""
+    totals = [float(value) for value in values]
+    if dist.is_initialized():
+        totals = torch.tensor(totals, dtype=torch.float64, device=device)
+        dist.all_reduce(totals)
+    return list(map(float, totals))
 # End of copied block: ranks
 
 # Copied between scripts: files
-def claim_output_dir(output_dir, lock, may_exist):
-    """Lock output_dir until this process ends, however it ends. Raises ValueError where another run
-    holds it, or where it holds a result and nothing was said about that."""
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise ValueError(f"--output_dir={output_dir} is in use by another run; take another") from None
-    for name in ("final_model", "checkpoint.pt", "checkpoint.previous.pt"):
-        if (output_dir / name).exists() and not may_exist:
-            raise ValueError(f"{output_dir / name} exists: --resume goes on with it, --overwrite "
-                             "replaces it, another --output_dir leaves it alone")
-
 @contextmanager
-def atomic_file(path, mode="wb"):
-    """Open a file that gets its name only when it is whole and on disk, never half of it."""
+def atomic_file(path, mode="wb", previous=None):
+    """Open a file that gets its name only when it is whole and on disk, never half of it. What had
+    the name before is kept as previous, if that is given."""
     with open(f"{path}.unfinished", mode) as file:
         yield file
         file.flush()
         os.fsync(file.fileno())
+    if previous and path.exists():
+        os.replace(path, previous)
     os.replace(f"{path}.unfinished", path)
 
-def save_checkpoint(output_dir, state):
-    """Write checkpoint.pt; the one before stays as checkpoint.previous.pt."""
-    path = output_dir / "checkpoint.pt"
-    with atomic_file(output_dir / "checkpoint.new.pt") as file:
-        torch.save(state, file)
-    if path.exists():
-        path.replace(output_dir / "checkpoint.previous.pt")
-    (output_dir / "checkpoint.new.pt").replace(path)
+def claim_output_dir(output_dir, lock, may_exist):
+    """Lock output_dir until this process ends, however it ends; refuse to overwrite a result."""
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise ValueError(f"--output_dir={output_dir} is in use by another run") from None
+    found = [*output_dir.glob("checkpoint*.pt"), *output_dir.glob("final_model")]
+    if found and not may_exist:
+        raise ValueError(f"{found[0]} exists: --resume goes on with it, --overwrite replaces it")
 
-def load_checkpoint(output_dir):
-    """The newest whole checkpoint, None where there is none; ValueError where all are damaged. The
-    zip file's own checksums are compared, because torch.load passes over a flipped bit."""
-    paths = [output_dir / name for name in ("checkpoint.pt", "checkpoint.previous.pt")]
-    for path in filter(Path.exists, paths):
+def load_checkpoint(*paths):
+    """The first of the files that is a whole checkpoint, None where there is no file; ValueError if
+    all are damaged. The zip file's checksums are compared, which torch.load alone does not do."""
+    for path in (paths := [path for path in paths if path.exists()]):
         try:
             if zipfile.ZipFile(path).testzip() is None:
                 return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as problem:  # a damaged file can raise anything
             print(f"{path} is damaged and not used: {type(problem).__name__}", file=sys.stderr)
-    if any(map(Path.exists, paths)):
-        raise ValueError(f"no checkpoint in {output_dir} can be read; --overwrite starts afresh")
+    if paths:
+        raise ValueError(f"{paths[0]} cannot be read; --overwrite starts afresh")
 # End of copied block: files
 
 # Copied between scripts: MetricsLog
 class MetricsLog:
     """Rank 0's log: the terminal, metrics.jsonl and TensorBoard get the same numbers. What a killed
-    run wrote from the step of its checkpoint on is cut off first."""
-
+    run wrote after the step of its checkpoint is cut off first."""
     def __init__(self, output_dir, step):
         path = output_dir / "metrics.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         with atomic_file(path, "w") as file:  # a line without its end was cut off by a kill
-            file.writelines(x for x in lines if x[-1] == "\n" and json.loads(x)["step"] < step)
-        self.file, self.board = open(path, "a"), SummaryWriter(output_dir / "runs", purge_step=step)
+            file.writelines(x for x in lines if x[-1] == "\n" and json.loads(x)["step"] <= step)
+        self.file = path.open("a")
+        self.board = SummaryWriter(output_dir / "runs", purge_step=step + 1)
 
     def write(self, metrics):
-        numbers = {key: x for key, x in metrics.items() if isinstance(x, (int, float))}
-        shown = {key: f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.4g}" for key, x in numbers.items()}
-        print(" | ".join(f"{key} {x}" for key, x in (metrics | shown).items()), flush=True)
         print(json.dumps(metrics), file=self.file, flush=True)
-        for key, x in numbers.items():
-            self.board.add_scalar(key, x, metrics["step"])
+        shown = dict(metrics)
+        for key, x in metrics.items():
+            if not isinstance(x, list):
+                self.board.add_scalar(key, x, metrics["step"])
+                shown[key] = f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.4g}"
+        print(" | ".join(f"{key} {x}" for key, x in shown.items()), flush=True)
 # End of copied block: MetricsLog
 
 # Copied between scripts: learning_rate_at
@@ -295,32 +274,33 @@ def learning_rate_at(step, total_steps, highest, warmup_steps, min_lr_ratio):
     return highest * (min_lr_ratio + (1 - min_lr_ratio) * (1 + math.cos(math.pi * progress)) / 2)
 # End of copied block: learning_rate_at
 
-# --- Step 1. The text becomes one file of token ids, which every rank maps into memory -------------
+# --- Step 1. The text becomes one file of token ids, which every rank maps into memory ----------
 
 def find_text(name, output_dir):
-    """The files that one --text_file stands for; a named corpus is put into output_dir first."""
+    """The files that one --text_file stands for; what is no file yet is put into output_dir."""
     path = output_dir / f"{name}.txt"
     if name == "python_docs":
         from pydoc_data.topics import topics  # Python's language reference, 0.46 M characters
         path.write_text("\n\n".join(topics.values()), "utf-8")
-    elif name == "middlemarch" and not path.exists():
+    elif name != "middlemarch":
+        return sorted(glob.glob(name)) or [name]
+    elif not path.exists():
         try:
             torch.hub.download_url_to_file(MIDDLEMARCH, path, progress=False)  # renamed when whole
         except OSError as problem:
             raise ValueError(f"{MIDDLEMARCH}: {problem}; name a text with --text_file") from None
-    return [path] if name in ("python_docs", "middlemarch") else sorted(glob.glob(name)) or [name]
+    return [path]
 
 def prepare_tokens(config, output_dir):
-    """Tokenise the text once, into a file named by a hash of all that goes in. Returns the path and
-    the number of ids that the tokenizer has."""
+    """Tokenise the text once, into a file named by a hash of what went in. Returns path, dtype."""
     try:
         encoding = common.load_encoding(config.tokenizer)
     except OSError:
         raise ValueError("GPT-2's vocabulary cannot be fetched; take --tokenizer bytes, or set "
                          "TIKTOKEN_CACHE_DIR to a folder that has it") from None
     if encoding.n_vocab > config.vocab_size:
-        raise ValueError(f"--vocab_size={config.vocab_size} is below the {encoding.n_vocab} ids of "
-                         f"--tokenizer={config.tokenizer}; --vocab_size={encoding.n_vocab} works")
+        raise ValueError(f"--vocab_size={config.vocab_size} is too small for --tokenizer="
+                         f"{config.tokenizer}; --vocab_size={encoding.n_vocab} works")
     paths = [path for name in config.text_file for path in find_text(name, output_dir)]
     digest = hashlib.sha256(config.tokenizer.encode())
     for path in paths:
@@ -330,66 +310,73 @@ def prepare_tokens(config, output_dir):
     if not token_file.exists():
         with atomic_file(token_file) as file:
             common.write_tokens(paths, encoding, file)
-    return token_file, encoding.n_vocab
+    return token_file, common.token_dtype(encoding)
 
-# --- Step 2. Which windows make up the global batch of a step ---------------------------------------
+# --- Step 2. Which windows make up the global batch of a step -----------------------------------
 
-@functools.lru_cache(maxsize=2)
+def open_windows(config, token_file, dtype, batch):
+    """TokenWindows for training and for validation, the last part of the text. Raises ValueError
+    where there are none, or fewer than one global batch."""
+    tokens, T = np.memmap(token_file, dtype, mode="r"), config.context_length
+    n_train = int(len(tokens) * (1 - config.val_fraction))
+    train_windows = common.TokenWindows(tokens[:n_train], T, config.stride or T)
+    val_windows = common.TokenWindows(tokens[n_train:], T, T)
+    if len(train_windows) < batch or len(val_windows) == 0:
+        raise ValueError(
+            f"--text_file makes {len(train_windows)} windows for training, of which a step takes "
+            f"{batch}, and {len(val_windows)} for validation: use more text or a smaller batch")
+    return train_windows, val_windows
+
+@lru_cache(maxsize=2)
 def epoch_order(seed, epoch, size):
     """The numbers below size in random order, the same on every rank."""
     return np.random.default_rng([seed, epoch]).permutation(size)
 
 def global_batch(seed, step, batch, size):
-    """Numbers of the windows of step 0, 1, ...: the next batch from an endless row of epochs, each in
-    an order of its own. No window is left out and none comes twice in an epoch."""
-    return [epoch_order(seed, i // size, size)[i % size] for i in range(step * batch, step * batch + batch)]
+    """Numbers of the windows of step 1, 2, ...: the next batch from an endless row of epochs, each
+    in an order of its own. No window is left out, none comes twice in an epoch."""
+    samples = range((step - 1) * batch, step * batch)
+    return [epoch_order(seed, i // size, size)[i % size] for i in samples]
 
-# --- Step 3. What fits into memory --------------------------------------------------------------------
+# --- Step 3. What fits into memory --------------------------------------------------------------
 
-def memory_gib(config, half, world_size):
-    """Estimated peak of one process, {part: GiB}; half: bytes of a number under autocast.
+def plan_memory(config, precision, world_size, device):
+    """Settle what is "auto": shard AdamW, or recompute activations, or both, as far as needed.
+    Returns (config, number of parameters, {part: GiB} of one process, free GiB).
 
-    A block keeps, per token and unit of width, two fp32 inputs of LayerNorm (8 bytes) and 14 numbers
-    under autocast: qkv's input, q, k, v, the attention's output, 1 + 4 + 4 in the feed-forward part.
+    A block keeps, of each token, two fp32 inputs of LayerNorm (8 D bytes) and 14 D numbers under
+    autocast: the inputs of its four matrices (7 D) and of GELU (4 D), and q, k, v (3 D).
     """
     with torch.device("meta"):
         n = sum(p.numel() for p in common.GPTModel(vars(config)).parameters())
     D, L, V = config.emb_dim, config.n_layers, config.vocab_size
-    tokens, recompute = config.batch_size * config.context_length, config.gradient_checkpointing == "on"
+    half = 4 if precision == "fp32" else 2  # bytes of a number under autocast
+    tokens = config.batch_size * config.context_length
     block = tokens * D * (8 + 14 * half + 2 * (config.drop_rate > 0))
-    sizes = {
-        "weights": 4 * n + (half * (12 * L * D * D + V * D) if half < 4 else 0),
-        "gradients": 4 * n,
-        "optimizer": 8 * n / (world_size if config.shard_optimizer == "on" else 1),
-        "activations": block + L * 4 * tokens * D if recompute else L * block,
-        "logits": tokens * V * (12 if half == 4 else 14) / config.loss_chunks,
-    }
-    return {part: size / 2**30 for part, size in sizes.items()}
-
-def plan_memory(config, half, world_size, device):
-    """Settle what is "auto": shard, then recompute activations, then halve the batch until it fits.
-    Returns (config, or None where nothing fits, {part: GiB}, free GiB)."""
+    free = psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0] / 2**30
-    else:
-        free = psutil.virtual_memory().available / 2**30 / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        free = torch.cuda.mem_get_info(device)[0]
     options = {"auto": ("off", "on"), "on": ("on",), "off": ("off",)}
-    for batch_size in (config.batch_size >> i for i in range(config.batch_size.bit_length())):
-        for recompute in options[config.gradient_checkpointing]:
-            for shard in options[config.shard_optimizer if world_size > 1 else "off"]:
-                plan = replace(config, batch_size=batch_size, gradient_checkpointing=recompute,
-                               shard_optimizer=shard)
-                parts = memory_gib(plan, half, world_size)
-                if sum(parts.values()) < free:
-                    return plan, parts, free
-    return None, parts, free
+    for recompute, shard in itertools.product(
+            options[config.gradient_checkpointing],
+            options[config.shard_optimizer if world_size > 1 else "off"]):
+        parts = {
+            "weights": 4 * n + (half * (12 * L * D * D + V * D) if half < 4 else 0),  # and casts
+            "gradients": 4 * n,
+            "optimizer": 8 * n / (world_size if shard == "on" else 1),
+            "activations": block + L * 4 * tokens * D if recompute == "on" else L * block,
+            "logits": tokens * V * (12 if half == 4 else 14) / config.loss_chunks,
+        }
+        if sum(parts.values()) < free:
+            break
+    config = replace(config, gradient_checkpointing=recompute, shard_optimizer=shard)
+    return config, n, {part: size / 2**30 for part, size in parts.items()}, free / 2**30
 
-# --- Step 4. What the training loop calls ---------------------------------------------------------------
+# --- Step 4. What the training loop calls -------------------------------------------------------
 
 def build_model(config, weights, device):
-    """The model, from the given weights or the seed's, the same on every rank, and its AdamW, with
-    weight decay on matrices only, as in GPT-2. Sharded, each rank keeps 1 / world_size of AdamW's
-    state (ZeRO stage 1: Rajbhandari et al. 2020, section 5)."""
+    """The model, the same on every rank, and its AdamW, which decays only matrices, as for GPT-2.
+    Sharded, each rank keeps a part of AdamW's state (Rajbhandari et al. 2020, ZeRO stage 1)."""
     torch.manual_seed(config.seed)
     with device:
         model = common.GPTModel(vars(config))
@@ -424,54 +411,53 @@ def sample(model, config, step, device):
     ids = common.generate(model, prompt, 100, 0.8, top_k=50, n_vocab=encoding.n_vocab, rng=rng)
     return repr(encoding.decode(ids[0].tolist()))
 
-def machine_metrics(device, world_size):
-    """Peak GiB of this process; on GPUs also every rank's utilization in %, where NVML tells it."""
-    if device.type != "cuda":
-        with suppress(ImportError):  # Windows has no such module
-            import resource
-            return {"peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
-        return {}
-    utilization = [None] * world_size
-    with suppress(ImportError):  # no nvidia-ml-py
-        utilization[0] = torch.cuda.utilization(device)
+def gpu_metrics(config, device, world_size, tokens_per_second):
+    """Peak memory of this process; utilization of every rank's GPU in %, where NVML tells it; MFU:
+    per token 6 FLOP for a weight, 12 L D T for attention (PaLM, arXiv:2204.02311, appendix B)."""
+    D, L, V, T = config.emb_dim, config.n_layers, config.vocab_size, config.context_length
+    everyone = [None] * world_size
+    with suppress(ImportError):  # without nvidia-ml-py
+        everyone[0] = torch.cuda.utilization(device)
     if world_size > 1:
-        dist.all_gather_object(utilization, utilization[0])
-    return {"peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30, "gpu_utilization": utilization}
-
-def plot_losses(output_dir, vocab_size, tokens_per_step):
-    """Draw the losses of metrics.jsonl into loss.png and loss.pdf."""
-    records = [json.loads(line) for line in open(output_dir / "metrics.jsonl")]
-    axes = Figure(figsize=(8, 4.5), layout="constrained").subplots()
-    for key in ("train_loss", "val_loss"):
-        points = [(metrics["step"], metrics[key]) for metrics in records if key in metrics]
-        axes.plot(*zip(*points, strict=True), label=key)
-    axes.axhline(math.log(vocab_size), color="gray", linestyle=":", label=f"guessing: ln {vocab_size:,}")
-    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)")
-    tokens = axes.secondary_xaxis("top", (lambda x: x * tokens_per_step, lambda x: x / tokens_per_step))
-    tokens.set_xlabel("tokens seen")
-    axes.legend()
-    for name in ("loss.png", "loss.pdf"):
-        axes.figure.savefig(output_dir / name, dpi=150)
+        dist.all_gather_object(everyone, everyone[0])
+    peak_gib = torch.cuda.max_memory_allocated() / 2**30
+    metrics = {"peak_memory_gib": peak_gib, "gpu_utilization": everyone}
+    if peak_flops := PEAK_FLOPS.get(torch.cuda.get_device_name()):
+        flops = tokens_per_second * (6 * (12 * L * D * D + V * D) + 12 * L * D * T)
+        metrics["mfu"] = flops / (peak_flops * world_size)
+    return metrics
 
 def finish(model, config, output_dir, tokens_per_step):
     """Rank 0's last duty: the plots, and final_model/, complete or not there at all."""
-    plot_losses(output_dir, config.vocab_size, tokens_per_step)
+    records = [json.loads(line) for line in (output_dir / "metrics.jsonl").open()]
+    axes = Figure(figsize=(8, 4.5), layout="constrained").subplots()
+    for key in ("train_loss", "val_loss"):
+        points = [(metrics["step"], metrics[key]) for metrics in records if key in metrics]
+        axes.plot(*np.reshape(points, (-1, 2)).T, label=key)
+    guess = f"guessing: ln {config.vocab_size:,}"
+    axes.axhline(math.log(config.vocab_size), color="gray", linestyle=":", label=guess)
+    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)")
+    tokens = lambda steps: steps * tokens_per_step, lambda tokens: tokens / tokens_per_step
+    axes.secondary_xaxis("top", tokens).set_xlabel("tokens seen")
+    axes.legend()
+    for name in ("loss.pdf", "loss.png"):
+        axes.figure.savefig(output_dir / name, dpi=150)
     unfinished, final = output_dir / "final_model.unfinished", output_dir / "final_model"
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
-    common.save_hugging_face(model, common.load_encoding(config.tokenizer), CHAT_TEMPLATE, unfinished)
+    common.save_hugging_face(model, common.load_encoding(config.tokenizer), unfinished)
     shutil.rmtree(final, ignore_errors=True)
     unfinished.rename(final)
 
-# --- Step 5. Training ------------------------------------------------------------------------------------
+# --- Step 5. Training ---------------------------------------------------------------------------
 
 def train(config):
     """Returns the exit code: 0, or 143 after a signal that asked to stop."""
-    rank, world_size, device = setup_distributed(config.device, config.backend, config.timeout_seconds)
+    rank, world_size, device = setup_distributed(
+        config.device, config.backend, config.timeout_seconds)
     is_main, on_gpu, output_dir = rank == 0, device.type == "cuda", Path(config.output_dir)
     precision = resolve_precision(config.precision, device)
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs; on every rank, like every setting
-    torch.use_deterministic_algorithms(config.deterministic)
     output_dir.mkdir(parents=True, exist_ok=True)
     resume = config.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     lock = filelock.FileLock(output_dir / ".lock")  # rank 0 holds it as long as this name lives
@@ -480,118 +466,78 @@ def train(config):
     weights, sizes = common.load_weights(config.init_from) if config.init_from else (None, {})
     config = replace(config, **sizes)
 
-    (token_file, n_vocab), T = on_rank_0(prepare_tokens, config, output_dir), config.context_length
-    tokens = np.memmap(token_file, np.uint16 if n_vocab <= 2**16 else np.uint32, mode="r")
-    n_train = int(len(tokens) * (1 - config.val_fraction))
-    train_windows = common.TokenWindows(tokens[:n_train], T, config.stride or T)
-    val_windows = common.TokenWindows(tokens[n_train:], T, T)
+    token_file, dtype = on_rank_0(prepare_tokens, config, output_dir)
     batch = config.batch_size * config.gradient_accumulation_steps * world_size
-    epoch_steps, tokens_per_step = len(train_windows) / batch, batch * T
-    total_steps = config.max_steps if config.max_steps >= 0 else int(config.num_epochs * epoch_steps)
-    if epoch_steps < 1 or len(val_windows) == 0:
-        raise ValueError(f"the text has {len(train_windows)} windows for training, one step takes "
-                         f"{batch}, and {len(val_windows)} for validation: use a longer --text_file "
-                         "or a smaller --context_length, --stride or --batch_size")
-    half = 4 if precision == "fp32" else 2
-    plan, parts, free = on_rank_0(plan_memory, config, half, world_size, device)
+    train_windows, val_windows = open_windows(config, token_file, dtype, batch)
+    epoch_steps, tokens_per_step = len(train_windows) / batch, batch * config.context_length
+    epochs = int(config.num_epochs * epoch_steps)
+    total_steps = epochs if config.max_steps < 0 else config.max_steps
+    plan = on_rank_0(plan_memory, config, precision, world_size, device)
+    config, n_parameters, parts, free = plan
+    needed = f"{sum(parts.values()):.2f} GiB per process of {free:.2f} free"
     if is_main:
-        print(f"{config.batch_size} windows x {config.gradient_accumulation_steps} micro-batches x "
-              f"{world_size} processes x {T} tokens = {tokens_per_step:,} tokens per step; "
-              f"{total_steps} steps, {epoch_steps:.1f} per epoch")
-        print(f"{device} {precision}; GiB per process: "
-              + " + ".join(f"{size:.2f} {part}" for part, size in parts.items())
-              + f" = {sum(parts.values()):.2f}, free {free:.2f}", flush=True)
+        print(f"{n_parameters:,} parameters; {config.batch_size} windows x "
+              f"{config.gradient_accumulation_steps} micro-batches x {world_size} processes x "
+              f"{config.context_length} tokens = {tokens_per_step:,} tokens per step; "
+              f"{epoch_steps:.1f} steps per epoch, {total_steps} in all")
+        print(f"{device}, {precision}, gradient_checkpointing {config.gradient_checkpointing}, "
+              f"shard_optimizer {config.shard_optimizer}; estimated {needed}:",
+              ", ".join(f"{part} {size:.2f}" for part, size in parts.items()), flush=True)
     if config.dry_run:
         return 0
-    if plan is None or plan.batch_size < config.batch_size:
-        raise ValueError("not enough memory")
-    config = plan
+    if sum(parts.values()) > free:
+        raise ValueError(f"this needs {needed}: half the --batch_size with twice the "
+                         "--gradient_accumulation_steps takes less, --preset tiny least")
 
     model, optimizer = build_model(config, weights, device)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     scale = {"linear": world_size, "sqrt": math.sqrt(world_size), "none": 1}[config.lr_scaling]
-    run = {"step": 0, "loss_sum": 0.0, "loss_steps": 0, "highest_lr": config.learning_rate * scale}
+    highest_lr, start_step, val_loss = config.learning_rate * scale, 0, math.nan
     identity = dict(itertools.takewhile(lambda item: item[0] != "preset", asdict(config).items()))
     identity |= {"text": token_file.name, "global batch": batch}
-    checkpoint = load_checkpoint(output_dir) if resume else None
+    paths = output_dir / "checkpoint.pt", output_dir / "checkpoint.previous.pt"
+    checkpoint = load_checkpoint(*paths) if resume else None
     if checkpoint:
-        other = [f"{name} {checkpoint['identity'][name]} -> {value}" for name, value in identity.items()
-                 if checkpoint["identity"][name] != value]
-        if other:
-            raise ValueError(f"the checkpoint in {output_dir} is of another run: {', '.join(other)}")
+        if other := dict(checkpoint["identity"].items() - identity.items()):
+            raise ValueError(f"{paths[0]} is of a run with {other}: take these, or --overwrite")
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"])
-        run = checkpoint["run"]
+        start_step, highest_lr = checkpoint["step"], checkpoint["highest_lr"]
+        val_loss = checkpoint["val_loss"]
     if is_main and resume:
-        print(f"resumed from step {run['step']}", flush=True)
-    if checkpoint and run["step"] >= total_steps and (output_dir / "final_model").exists():
-        if is_main:
-            print(f"nothing left to do: {output_dir / 'final_model'} is finished", flush=True)
-        return 0
+        print(f"resumed from step {start_step} of {total_steps}", flush=True)
     if is_main:
-        if config.overwrite and not resume:
-            for name in ("final_model", "runs", "checkpoint.pt", "checkpoint.previous.pt"):
-                path = output_dir / name
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        log = MetricsLog(output_dir, run["step"])
+        for path in (*paths, output_dir / "final_model", output_dir / "runs") if not resume else ():
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        log = MetricsLog(output_dir, start_step if checkpoint else -1)
 
-    # DDP hooks into backward(): as soon as a bucket of gradients is ready, its average over the ranks
-    # is on its way while earlier layers are still being differentiated. compile() goes around DDP, so
-    # that it keeps these buckets apart. Evaluation and samples use the plain model.
+    # DDP hooks into backward(): as soon as a bucket of gradients is ready, its average over the
+    # ranks is on its way while earlier layers are still being differentiated. compile() goes around
+    # DDP, so that it keeps these buckets apart. Evaluation and samples use the plain model.
     network, no_sync = model, nullcontext
     if world_size > 1:
         network = DDP(model, [device] if on_gpu else None, gradient_as_bucket_view=True)
         no_sync = network.no_sync
     if config.compile and on_gpu:
         network = torch.compile(network)
-    autocast = functools.partial(torch.autocast, device.type, enabled=precision != "fp32",
-                                 dtype=torch.float16 if precision == "fp16" else torch.bfloat16)
+    autocast = partial(torch.autocast, device.type, enabled=precision != "fp32",
+                       dtype=torch.float16 if precision == "fp16" else torch.bfloat16)
+    evaluation = partial(evaluate, model, val_windows, config.batch_size, rank, world_size, device,
+                         autocast)
+    if not checkpoint:
+        val_loss = evaluation()
+        if is_main:
+            log.write({"step": 0, "epoch": 0.0, "tokens_seen": 0, "val_loss": val_loss})
     stop_signals = []  # SIGTERM and SIGUSR1 come from Slurm and spot machines, SIGINT from Ctrl-C
     for name in {"SIGTERM", "SIGUSR1", "SIGINT"} & set(dir(signal)):
         signal.signal(getattr(signal, name), lambda number, frame: stop_signals.append(number))
-    D, L, peak_flops = config.emb_dim, config.n_layers, None
-    if on_gpu:
-        peak_flops = PEAK_FLOPS.get(torch.cuda.get_device_name(), 0) * world_size
-    flops_per_token = 6 * (12 * L * D * D + config.vocab_size * D) + 12 * L * D * T
-    began, start_step, stop, timed_steps, seconds = time.perf_counter(), run["step"], 0, 0, 0.0
-    saved_step, val_loss = run["step"] if checkpoint else None, math.nan
-    for step in range(start_step, total_steps + 1):  # so many steps are done
-        last = step == total_steps
-        if step > start_step and (step % config.save_every == 0 or last or stop):
-            if config.shard_optimizer == "on":
-                optimizer.consolidate_state_dict(to=0)
-            on_rank_0(save_checkpoint, output_dir, {
-                "model": model.state_dict(), "optimizer": optimizer.state_dict() if is_main else None,
-                "scaler": scaler.state_dict(), "run": run, "identity": identity})
-            saved_step = step
-        if stop:
-            break
-        evaluate_now = step % config.eval_every == 0 or last
-        if evaluate_now or step % config.log_every == 0:
-            metrics = {"step": step, "epoch": step / epoch_steps, "tokens_seen": step * tokens_per_step}
-            if step > 0:
-                metrics |= {"train_loss": run["loss_sum"] / (run["loss_steps"] * tokens_per_step),
-                            "learning_rate": run["learning_rate"], "grad_norm": run["grad_norm"]}
-            if evaluate_now:
-                metrics["val_loss"] = val_loss = evaluate(
-                    model, val_windows, config.batch_size, rank, world_size, device, autocast)
-            if timed_steps > 0:
-                metrics["tokens_per_second"] = speed = timed_steps * tokens_per_step / seconds
-                if peak_flops:
-                    metrics["mfu"] = speed * flops_per_token / peak_flops
-            metrics |= machine_metrics(device, world_size)
-            run |= {"loss_sum": 0.0, "loss_steps": 0}
-            timed_steps, seconds = 0, 0.0
-            if is_main:
-                log.write(metrics)
-                if last or evaluate_now and step // config.eval_every % 2 == 1:
-                    print("sample:", sample(model, config, step, device), flush=True)
-        if last:
-            break
+    began, saved_step, stop = time.perf_counter(), start_step, 0
+    loss_sum, loss_steps, seconds, timed_steps = 0.0, 0, 0.0, 0
 
-        started, loss_sum = time.perf_counter(), torch.zeros((), device=device)
-        learning_rate = learning_rate_at(step + 1, total_steps, run["highest_lr"], config.warmup_steps,
+    for step in range(start_step + 1, total_steps + 1):
+        started, step_loss = time.perf_counter(), torch.zeros((), device=device)
+        learning_rate = learning_rate_at(step, total_steps, highest_lr, config.warmup_steps,
                                          config.min_lr_ratio)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
@@ -611,33 +557,64 @@ def train(config):
                 # DDP divides the sum over ranks by world_size. With that undone, the gradient is
                 # the one of the mean loss over the global batch, however that is split up.
                 scaler.scale(loss * (world_size / tokens_per_step)).backward()
-            loss_sum += loss.detach()
+            step_loss += loss.detach()
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm).item()
-        step_loss, stop = sum_over_ranks(device, loss_sum, len(stop_signals))
+        step_loss, stop = sum_over_ranks(device, step_loss, len(stop_signals))
         if precision != "fp16" and not math.isfinite(step_loss + grad_norm):
-            raise ValueError(f"loss {step_loss / tokens_per_step} and gradient norm {grad_norm} in step "
-                             f"{step + 1}; the last good checkpoint is of step {saved_step}: --resume it")
+            raise ValueError(f"step {step}: loss {step_loss / tokens_per_step}, gradient norm "
+                             f"{grad_norm}; the last good checkpoint is of step {saved_step}")
         scaler.step(optimizer)  # in fp16 this leaves out a step whose gradient is not finite
         scaler.update()
         optimizer.zero_grad()
-        run |= {"step": step + 1, "loss_sum": run["loss_sum"] + step_loss, "loss_steps": run["loss_steps"] + 1,
-                "learning_rate": learning_rate, "grad_norm": grad_norm}
-        if step >= start_step + 3:  # compilation and warm-up are not counted
-            timed_steps, seconds = timed_steps + 1, seconds + time.perf_counter() - started
+        loss_sum, loss_steps = loss_sum + step_loss, loss_steps + 1
+        if step > start_step + 3:  # compilation and warm-up are not counted
+            seconds, timed_steps = seconds + time.perf_counter() - started, timed_steps + 1
+
+        last = step == total_steps
+        evaluate_now = step % config.eval_every == 0 or last
+        save_now = step % config.save_every == 0 or last or stop
+        if evaluate_now or save_now or step % config.log_every == 0:
+            metrics = {"step": step, "epoch": step / epoch_steps,
+                       "tokens_seen": step * tokens_per_step,
+                       "train_loss": loss_sum / (loss_steps * tokens_per_step),
+                       "learning_rate": learning_rate, "grad_norm": grad_norm}
+            if timed_steps:
+                metrics["tokens_per_second"] = speed = timed_steps * tokens_per_step / seconds
+                if on_gpu:
+                    metrics |= gpu_metrics(config, device, world_size, speed)
+            if evaluate_now:
+                metrics["val_loss"] = val_loss = evaluation()
+            loss_sum, loss_steps, seconds, timed_steps = 0.0, 0, 0.0, 0
+            if is_main:
+                log.write(metrics)
+                if last or evaluate_now and step // config.eval_every % 2:
+                    print("sample:", sample(model, config, step, device), flush=True)
+        if save_now:
+            if config.shard_optimizer == "on":
+                optimizer.consolidate_state_dict(to=0)
+            if is_main:
+                with atomic_file(paths[0], previous=paths[1]) as file:
+                    torch.save({"step": step, "highest_lr": highest_lr, "val_loss": val_loss,
+                                "identity": identity, "model": model.state_dict(),
+                                "optimizer": optimizer.state_dict(),
+                                "scaler": scaler.state_dict()}, file)
+            saved_step = step
+        if stop:
+            break
 
     if stop:
-        if is_main:
-            print(f"stopped by a signal after step {step}; add --resume to go on from there", flush=True)
+        end = f"stopped by a signal after step {step}; --resume goes on from there"
     else:
         on_rank_0(finish, model, config, output_dir, tokens_per_step)
-        if is_main:
-            print(f"done: val_loss {val_loss:.4f} after {total_steps} steps, "
-                  f"{(time.perf_counter() - began) / 60:.1f} min; wrote {output_dir}/final_model, "
-                  "loss.png, loss.pdf, metrics.jsonl, runs", flush=True)
-    time.sleep(0.3)  # a gloo process that ends within milliseconds of a backward() can abort
+        minutes = (time.perf_counter() - began) / 60
+        end = (f"done: val_loss {val_loss:.4f} in {minutes:.1f} min; wrote {output_dir}/final_model,"
+               " loss.png, loss.pdf, metrics.jsonl, runs")
+    if is_main:
+        print(end, flush=True)
     if world_size > 1:
         dist.barrier()
+        time.sleep(0.3)  # a gloo process that ends within milliseconds of a backward() can abort
         dist.destroy_process_group()
     return 143 if stop else 0
 
@@ -645,15 +622,14 @@ def train(config):
 def main():
     try:
         config = parse_config(Config, PRESETS)
-        code = train(config)
+        sys.exit(train(config))
     except (ValueError, OSError, yaml.YAMLError) as problem:
         sys.exit("error: " + " ".join(str(problem).split()))
     except torch.OutOfMemoryError:
-        allocated, total = torch.cuda.memory_allocated(), torch.cuda.mem_get_info()[1]
-        sys.exit(f"error: out of GPU memory: {allocated / 2**30:.1f} of {total / 2**30:.1f} GiB are taken;"
-                 f" the same global batch with less: --batch_size {config.batch_size // 2} "
+        free, total = (size / 2**30 for size in torch.cuda.mem_get_info())
+        sys.exit(f"error: out of GPU memory, {total - free:.1f} of {total:.1f} GiB are taken; the "
+                 f"same global batch with less: --batch_size {config.batch_size // 2} "
                  f"--gradient_accumulation_steps {config.gradient_accumulation_steps * 2}")
-    sys.exit(code)
 
 if __name__ == "__main__":
     main()

@@ -1,7 +1,7 @@
 """The GPT model and the token windows of lessons 02 and 06: the only code that scripts share.
 
-Parameter names and configuration keys are those of GPTModel in S. Raschka, "Build a Large Language
-Model (From Scratch)", folder ch05/10_llm-training-speed: its checkpoints load here strictly.
+Parameter names and configuration keys are those of S. Raschka, "Build a Large Language Model (From
+Scratch)", ch05/10_llm-training-speed, whose checkpoints load here strictly.
 Configuration: vocab_size, context_length, emb_dim, n_heads, n_layers, drop_rate, qkv_bias.
 Dimensions: B batch, T time (tokens), V vocabulary, D width (emb_dim).
 """
@@ -9,6 +9,7 @@ Dimensions: B batch, T time (tokens), V vocabulary, D width (emb_dim).
 import itertools
 import os
 import re
+from collections import OrderedDict
 
 import numpy as np
 import tiktoken
@@ -44,24 +45,16 @@ class MultiHeadAttention(nn.Module):
         x = F.scaled_dot_product_attention(queries, keys, values, None, drop_rate, is_causal=T > 1)
         return self.proj(x.transpose(1, 2).reshape(B, T, D))
 
-class FeedForward(nn.Module):
-    """Two linear layers around GELU (tanh form, as in GPT-2). (B, T, D) -> (B, T, D)."""
-
-    def __init__(self, D):
-        super().__init__()
-        gelu = nn.GELU(approximate="tanh")
-        self.layers = nn.Sequential(nn.Linear(D, 4 * D), gelu, nn.Linear(4 * D, D))
-
-    def forward(self, x):
-        return self.layers(x)
-
 class TransformerBlock(nn.Module):
     """Pre-LayerNorm block (Radford et al. 2019, section 2.3). (B, T, D) -> (B, T, D)."""
 
     def __init__(self, cfg):
         super().__init__()
-        self.att, self.ff = MultiHeadAttention(cfg), FeedForward(cfg["emb_dim"])
-        self.norm1, self.norm2 = nn.LayerNorm(cfg["emb_dim"]), nn.LayerNorm(cfg["emb_dim"])
+        D = cfg["emb_dim"]
+        self.norm1, self.att = nn.LayerNorm(D), MultiHeadAttention(cfg)
+        gelu = nn.GELU(approximate="tanh")  # as in GPT-2
+        layers = nn.Sequential(nn.Linear(D, 4 * D), gelu, nn.Linear(4 * D, D))
+        self.norm2, self.ff = nn.LayerNorm(D), nn.Sequential(OrderedDict(layers=layers))
         self.drop_shortcut = nn.Dropout(cfg["drop_rate"])
 
     def forward(self, x, cache=None):
@@ -153,6 +146,10 @@ HF_NAMES = {
     "final_norm": "transformer.ln_f", "out_head": "lm_head",
 }
 
+CHAT_TEMPLATE = (  # "role: text" and the end token, for every message
+    "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}")
+
 def rename_weights(weights, names):
     """Rename by parts of names; transpose the blocks' matrices, which GPT-2 keeps as (in, out)."""
     renamed = {}
@@ -164,9 +161,9 @@ def rename_weights(weights, names):
     return renamed
 
 def load_weights(source):
-    """Weights for GPTModel and the part of the configuration that they fix, from a .pth state dict
-    (also of DDP or compile), or a GPT-2-type Hugging Face folder or hub name. Raises ValueError for
-    another kind of model, OSError for files that cannot be had."""
+    """Returns (weights for GPTModel, the part of its configuration that they fix). source: a .pth
+    state dict (also of DDP or compile), or a GPT-2-type Hugging Face folder or hub name. Raises
+    ValueError for another kind of model, OSError for files that cannot be had."""
     if str(source).endswith((".pth", ".pt")):
         weights, sizes = torch.load(source, map_location="cpu", weights_only=True), {}
         weights = {re.sub(r"module\.|_orig_mod\.", "", name): w for name, w in weights.items()}
@@ -177,37 +174,38 @@ def load_weights(source):
         sizes = {"n_heads": model.config.num_attention_heads}
     if not {"out_head.weight", "trf_blocks.0.att.qkv.weight"} <= set(weights):
         raise ValueError(f"{source} is no GPT-2-type model: its weights begin {list(weights)[:2]}")
-    vocab_size, emb_dim = weights["tok_emb.weight"].shape
-    sizes |= {"vocab_size": vocab_size, "emb_dim": emb_dim}
+    sizes["vocab_size"], sizes["emb_dim"] = weights["tok_emb.weight"].shape
     sizes["context_length"] = len(weights["pos_emb.weight"])
     sizes["n_layers"] = len({name.split(".")[1] for name in weights if "trf_blocks" in name})
     sizes["qkv_bias"] = "trf_blocks.0.att.qkv.bias" in weights
     return weights, sizes
 
-def save_hugging_face(model, encoding, chat_template, folder):
-    """Write the folder of a GPT2LMHeadModel with the same logits, and with the tokenizer that equals
+def save_hugging_face(model, encoding, folder):
+    """Write the folder of a GPT2LMHeadModel with the same logits and of the tokenizer that equals
     the tiktoken.Encoding. Ids that have no token are never generated."""
     from safetensors.torch import save_file
     from transformers import GenerationConfig, GPT2Config, PreTrainedTokenizerFast
     from transformers.convert_slow_tokenizer import TikTokenConverter
-    cfg, end, name = model.cfg, encoding.eot_token, encoding.decode([encoding.eot_token])
+    cfg, end = model.cfg, encoding.eot_token
+    ids, token = {"bos_token_id": end, "eos_token_id": end}, encoding.decode([end])
     weights = rename_weights(model.state_dict(), HF_NAMES)
     for i in range(cfg["n_layers"]):  # GPT-2 always has this bias
         no_bias = torch.zeros(3 * cfg["emb_dim"])
         weights.setdefault(f"transformer.h.{i}.attn.c_attn.bias", no_bias)
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    GPT2Config(vocab_size=cfg["vocab_size"], n_positions=cfg["context_length"], n_embd=cfg["emb_dim"],
-               n_layer=cfg["n_layers"], n_head=cfg["n_heads"], bos_token_id=end, eos_token_id=end,
-               tie_word_embeddings=False, architectures=["GPT2LMHeadModel"], dtype="float32",
-               ).save_pretrained(folder)
+    config = GPT2Config(
+        vocab_size=cfg["vocab_size"], n_positions=cfg["context_length"], n_embd=cfg["emb_dim"],
+        n_layer=cfg["n_layers"], n_head=cfg["n_heads"], tie_word_embeddings=False, dtype="float32",
+        architectures=["GPT2LMHeadModel"], **ids)
     unused = list(range(encoding.n_vocab, cfg["vocab_size"])) or None
-    GenerationConfig(bos_token_id=end, eos_token_id=end, pad_token_id=end, do_sample=True,
-                     suppress_tokens=unused).save_pretrained(folder)
-    converter = TikTokenConverter(None, encoding._pat_str, extra_special_tokens=[name])
+    generation = GenerationConfig(do_sample=True, suppress_tokens=unused, pad_token_id=end, **ids)
+    converter = TikTokenConverter(None, encoding._pat_str, extra_special_tokens=[token])
     converter.load_tiktoken_bpe = lambda _: encoding._mergeable_ranks
-    PreTrainedTokenizerFast(tokenizer_object=converter.converted(), bos_token=name, eos_token=name,
-                            model_max_length=cfg["context_length"], chat_template=chat_template,
-                            ).save_pretrained(folder)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=converter.converted(), bos_token=token, eos_token=token,
+        model_max_length=cfg["context_length"], chat_template=CHAT_TEMPLATE)
+    for part in (config, generation, tokenizer):
+        part.save_pretrained(folder)
 
 # --- Token windows --------------------------------------------------------------------------------
 
@@ -219,9 +217,9 @@ def load_encoding(name):
     return tiktoken.Encoding(name, pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens=end)
 
 def text_pieces(path, size=2**20):
-    """Yield a UTF-8 text as strings of about size characters, in O(size) memory. They end where a line
-    does, at a border of GPT-2's pattern: the tokens are those of the whole text. Raises ValueError for
-    a text that is empty, or not UTF-8 (with the byte's offset)."""
+    """Yield a UTF-8 text in O(size) memory as strings of about size characters. Each ends with a
+    line, where GPT-2's pattern always has a border, so the tokens are those of the whole text.
+    Raises ValueError for a text that is empty, or not UTF-8 (with the byte's offset)."""
     piece, offset = "", 0
     with open(path, "rb") as file:
         for line in file:
@@ -237,21 +235,22 @@ def text_pieces(path, size=2**20):
         raise ValueError(f"{path} is empty")
     yield piece
 
+def token_dtype(encoding):
+    """The type of the ids in a token file."""
+    return np.uint16 if encoding.n_vocab <= 2**16 else np.uint32
+
 def write_tokens(paths, encoding, file):
-    """Append the texts to file as ids, uint16 or, if needed, uint32, with an end token after each."""
-    dtype = np.uint16 if encoding.n_vocab <= 2**16 else np.uint32
+    """Append the texts to file as ids of token_dtype, an end token after each."""
     for path in paths:
         pieces = text_pieces(path)
         while batch := list(itertools.islice(pieces, 64)):
             for ids in encoding.encode_ordinary_batch(batch, num_threads=os.cpu_count() or 1):
-                file.write(np.array(ids, dtype).tobytes())
-        file.write(np.array([encoding.eot_token], dtype).tobytes())
+                file.write(np.array(ids, token_dtype(encoding)).tobytes())
+        file.write(np.array([encoding.eot_token], token_dtype(encoding)).tobytes())
 
 class TokenWindows:
     """Windows of context_length tokens over a memory-mapped array of ids; O(1) memory each.
-
-    Window i is tokens[i * stride :][:context_length]; its targets lie one token further.
-    """
+    Window i is tokens[i * stride :][:context_length]; its targets lie one token further."""
 
     def __init__(self, tokens, context_length, stride):
         self.tokens, self.context_length, self.stride = tokens, context_length, stride
@@ -261,7 +260,7 @@ class TokenWindows:
 
     def batch(self, indices):
         """Returns input_ids and targets, each (len(indices), context_length), int64."""
-        starts = [int(i) * self.stride for i in indices]
-        rows = np.stack([self.tokens[start : start + self.context_length + 1] for start in starts])
+        starts = np.asarray(indices, dtype=np.int64)[:, None] * self.stride
+        rows = self.tokens[starts + np.arange(self.context_length + 1)]
         rows = torch.from_numpy(rows.astype(np.int64))
         return rows[:, :-1], rows[:, 1:]
