@@ -49,7 +49,7 @@ PRESETS = {
     "1.4B": dict(warmup_steps=20),  # and the defaults of Config
     "124M": dict(emb_dim=768, n_heads=12, n_layers=12, batch_size=16, warmup_steps=20),
     "tiny": dict(text_file="python_docs", tokenizer="bytes", vocab_size=257, context_length=128,
-                 emb_dim=128, n_heads=4, n_layers=4, drop_rate=0, batch_size=16, eval_every=200,
+                 emb_dim=128, n_heads=4, n_layers=4, drop_rate=0, batch_size=8, eval_every=200,
                  gradient_accumulation_steps=1, max_steps=1000, learning_rate=2e-3,
                  lr_scaling="none", warmup_steps=50, sample_prompt="The class"),
 }
@@ -111,15 +111,12 @@ class Config:
     sample_prompt: str = HfArg(default="Every effort moves you", help="how the samples begin")
 
     def __post_init__(self):
-        for field in fields(self):
-            value = getattr(self, field.name)
-            least = min(field.default, 1) if field.type is int else 0
-            if field.type in (int, float) and not least <= value < math.inf:
+        for field in (field for field in fields(self) if field.type in (int, float)):
+            value, least = getattr(self, field.name), min(field.default, int(field.type is int))
+            if not least <= value < math.inf:
                 raise ValueError(f"--{field.name}={value} must be finite and at least {least}")
         if self.emb_dim % self.n_heads:
-            works = -(-self.emb_dim // self.n_heads) * self.n_heads
-            raise ValueError(f"--emb_dim={self.emb_dim} is not divisible by --n_heads="
-                             f"{self.n_heads}; --emb_dim={works} is")
+            raise ValueError(f"--emb_dim={self.emb_dim} is no multiple of --n_heads={self.n_heads}")
         if self.resume and self.overwrite:
             raise ValueError("--resume and --overwrite contradict each other; give one of them")
 
@@ -299,14 +296,12 @@ def prepare_tokens(config, output_dir):
         raise ValueError("GPT-2's vocabulary cannot be fetched; take --tokenizer bytes, or set "
                          "TIKTOKEN_CACHE_DIR to a folder that has it") from None
     if encoding.n_vocab > config.vocab_size:
-        raise ValueError(f"--vocab_size={config.vocab_size} is too small for --tokenizer="
-                         f"{config.tokenizer}; --vocab_size={encoding.n_vocab} works")
+        raise ValueError(f"--vocab_size={config.vocab_size} is less than the {encoding.n_vocab} of "
+                         f"--tokenizer={config.tokenizer}")
     paths = [path for name in config.text_file for path in find_text(name, output_dir)]
-    digest = hashlib.sha256(config.tokenizer.encode())
-    for path in paths:
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    token_file = output_dir / f"tokens_{digest.hexdigest()[:16]}.bin"
+    digests = [hashlib.file_digest(open(path, "rb"), "sha256").digest() for path in paths]
+    digest = hashlib.sha256(b"".join(digests) + config.tokenizer.encode()).hexdigest()
+    token_file = output_dir / f"tokens_{digest[:16]}.bin"
     if not token_file.exists():
         with atomic_file(token_file) as file:
             common.write_tokens(paths, encoding, file)
@@ -412,20 +407,19 @@ def sample(model, config, step, device):
     return repr(encoding.decode(ids[0].tolist()))
 
 def gpu_metrics(config, device, world_size, tokens_per_second):
-    """Peak memory of this process; utilization of every rank's GPU in %, where NVML tells it; MFU:
-    per token 6 FLOP for a weight, 12 L D T for attention (PaLM, arXiv:2204.02311, appendix B)."""
+    """Peak memory of this rank; utilization of every rank's GPU in %, if NVML tells it; MFU: 6 FLOP
+    per token and weight, 12 L D T for attention (PaLM, arXiv:2204.02311, appendix B)."""
     D, L, V, T = config.emb_dim, config.n_layers, config.vocab_size, config.context_length
-    everyone = [None] * world_size
+    utilization = [None] * world_size
     with suppress(ImportError):  # without nvidia-ml-py
-        everyone[0] = torch.cuda.utilization(device)
+        utilization[0] = torch.cuda.utilization(device)
     if world_size > 1:
-        dist.all_gather_object(everyone, everyone[0])
-    peak_gib = torch.cuda.max_memory_allocated() / 2**30
-    metrics = {"peak_memory_gib": peak_gib, "gpu_utilization": everyone}
-    if peak_flops := PEAK_FLOPS.get(torch.cuda.get_device_name()):
+        dist.all_gather_object(utilization, utilization[0])
+    metrics = {"peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30}
+    if peak := PEAK_FLOPS.get(torch.cuda.get_device_name()):
         flops = tokens_per_second * (6 * (12 * L * D * D + V * D) + 12 * L * D * T)
-        metrics["mfu"] = flops / (peak_flops * world_size)
-    return metrics
+        metrics["mfu"] = flops / (peak * world_size)
+    return metrics | {"gpu_utilization": utilization}
 
 def finish(model, config, output_dir, tokens_per_step):
     """Rank 0's last duty: the plots, and final_model/, complete or not there at all."""
@@ -440,8 +434,8 @@ def finish(model, config, output_dir, tokens_per_step):
     tokens = lambda steps: steps * tokens_per_step, lambda tokens: tokens / tokens_per_step
     axes.secondary_xaxis("top", tokens).set_xlabel("tokens seen")
     axes.legend()
-    for name in ("loss.pdf", "loss.png"):
-        axes.figure.savefig(output_dir / name, dpi=150)
+    axes.figure.savefig(output_dir / "loss.pdf")
+    axes.figure.savefig(output_dir / "loss.png", dpi=150)
     unfinished, final = output_dir / "final_model.unfinished", output_dir / "final_model"
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
@@ -470,19 +464,18 @@ def train(config):
     batch = config.batch_size * config.gradient_accumulation_steps * world_size
     train_windows, val_windows = open_windows(config, token_file, dtype, batch)
     epoch_steps, tokens_per_step = len(train_windows) / batch, batch * config.context_length
-    epochs = int(config.num_epochs * epoch_steps)
-    total_steps = epochs if config.max_steps < 0 else config.max_steps
-    plan = on_rank_0(plan_memory, config, precision, world_size, device)
-    config, n_parameters, parts, free = plan
-    needed = f"{sum(parts.values()):.2f} GiB per process of {free:.2f} free"
+    total_steps = int(config.num_epochs * epoch_steps)
+    total_steps = config.max_steps if config.max_steps >= 0 else total_steps
+    config, n_parameters, parts, free = on_rank_0(
+        plan_memory, config, precision, world_size, device)
+    needed = f"about {sum(parts.values()):.2f} GiB per process of {free:.2f} free"
     if is_main:
-        print(f"{n_parameters:,} parameters; {config.batch_size} windows x "
-              f"{config.gradient_accumulation_steps} micro-batches x {world_size} processes x "
-              f"{config.context_length} tokens = {tokens_per_step:,} tokens per step; "
-              f"{epoch_steps:.1f} steps per epoch, {total_steps} in all")
-        print(f"{device}, {precision}, gradient_checkpointing {config.gradient_checkpointing}, "
-              f"shard_optimizer {config.shard_optimizer}; estimated {needed}:",
-              ", ".join(f"{part} {size:.2f}" for part, size in parts.items()), flush=True)
+        print(f"{n_parameters:,} parameters on {device} in {precision}; {needed}:",
+              ", ".join(f"{part} {size:.2f}" for part, size in parts.items()), "(checkpointing "
+              f"{config.gradient_checkpointing}, sharding {config.shard_optimizer})")
+        print(f"{config.batch_size} windows x {config.gradient_accumulation_steps} micro-batches x "
+              f"{world_size} processes x {config.context_length} tokens = {tokens_per_step:,} tokens"
+              f" per step; {epoch_steps:.1f} steps per epoch, {total_steps} in all", flush=True)
     if config.dry_run:
         return 0
     if sum(parts.values()) > free:
@@ -507,10 +500,10 @@ def train(config):
         val_loss = checkpoint["val_loss"]
     if is_main and resume:
         print(f"resumed from step {start_step} of {total_steps}", flush=True)
-    if is_main:
-        for path in (*paths, output_dir / "final_model", output_dir / "runs") if not resume else ():
+    elif is_main:
+        for path in (*paths, output_dir / "final_model", output_dir / "runs"):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        log = MetricsLog(output_dir, start_step if checkpoint else -1)
+    log = MetricsLog(output_dir, start_step if checkpoint else -1) if is_main else None
 
     # DDP hooks into backward(): as soon as a bucket of gradients is ready, its average over the
     # ranks is on its way while earlier layers are still being differentiated. compile() goes around
@@ -525,10 +518,10 @@ def train(config):
                        dtype=torch.float16 if precision == "fp16" else torch.bfloat16)
     evaluation = partial(evaluate, model, val_windows, config.batch_size, rank, world_size, device,
                          autocast)
-    if not checkpoint:
+    if checkpoint is None:
         val_loss = evaluation()
-        if is_main:
-            log.write({"step": 0, "epoch": 0.0, "tokens_seen": 0, "val_loss": val_loss})
+    if checkpoint is None and is_main:
+        log.write({"step": 0, "epoch": 0.0, "tokens_seen": 0, "val_loss": val_loss})
     stop_signals = []  # SIGTERM and SIGUSR1 come from Slurm and spot machines, SIGINT from Ctrl-C
     for name in {"SIGTERM", "SIGUSR1", "SIGINT"} & set(dir(signal)):
         signal.signal(getattr(signal, name), lambda number, frame: stop_signals.append(number))
@@ -588,7 +581,7 @@ def train(config):
             loss_sum, loss_steps, seconds, timed_steps = 0.0, 0, 0.0, 0
             if is_main:
                 log.write(metrics)
-                if last or evaluate_now and step // config.eval_every % 2:
+                if last or (evaluate_now and step // config.eval_every % 2):
                     print("sample:", sample(model, config, step, device), flush=True)
         if save_now:
             if config.shard_optimizer == "on":
@@ -608,8 +601,8 @@ def train(config):
     else:
         on_rank_0(finish, model, config, output_dir, tokens_per_step)
         minutes = (time.perf_counter() - began) / 60
-        end = (f"done: val_loss {val_loss:.4f} in {minutes:.1f} min; wrote {output_dir}/final_model,"
-               " loss.png, loss.pdf, metrics.jsonl, runs")
+        end = (f"done: val_loss {val_loss:.4f} in {minutes:.1f} min; see {output_dir}: final_model, "
+               "loss.png, loss.pdf, metrics.jsonl, runs")
     if is_main:
         print(end, flush=True)
     if world_size > 1:
