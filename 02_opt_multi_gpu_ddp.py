@@ -49,7 +49,7 @@ PRESETS = {
     "1.4B": dict(warmup_steps=20),  # and the defaults of Config
     "124M": dict(emb_dim=768, n_heads=12, n_layers=12, batch_size=16, warmup_steps=20),
     "tiny": dict(text_file="python_docs", tokenizer="bytes", vocab_size=257, context_length=128,
-                 emb_dim=128, n_heads=4, n_layers=4, drop_rate=0, batch_size=8, eval_every=200,
+                 emb_dim=128, n_heads=4, n_layers=4, drop_rate=0, batch_size=8, eval_every=100,
                  gradient_accumulation_steps=1, max_steps=1000, learning_rate=2e-3,
                  lr_scaling="none", warmup_steps=50, sample_prompt="The class"),
 }
@@ -411,7 +411,7 @@ def gpu_metrics(config, device, world_size, tokens_per_second):
     per token and weight, 12 L D T for attention (PaLM, arXiv:2204.02311, appendix B)."""
     D, L, V, T = config.emb_dim, config.n_layers, config.vocab_size, config.context_length
     utilization = [None] * world_size
-    with suppress(ImportError):  # without nvidia-ml-py
+    with suppress(Exception):  # no nvidia-ml-py, or no answer: no reason to end a training
         utilization[0] = torch.cuda.utilization(device)
     if world_size > 1:
         dist.all_gather_object(utilization, utilization[0])
@@ -425,9 +425,9 @@ def finish(model, config, output_dir, tokens_per_step):
     """Rank 0's last duty: the plots, and final_model/, complete or not there at all."""
     records = [json.loads(line) for line in (output_dir / "metrics.jsonl").open()]
     axes = Figure(figsize=(8, 4.5), layout="constrained").subplots()
-    for key in ("train_loss", "val_loss"):
+    for key, style in (("train_loss", "-"), ("val_loss", "o-")):
         points = [(metrics["step"], metrics[key]) for metrics in records if key in metrics]
-        axes.plot(*np.reshape(points, (-1, 2)).T, label=key)
+        axes.plot(*np.reshape(points, (-1, 2)).T, style, label=key)
     guess = f"guessing: ln {config.vocab_size:,}"
     axes.axhline(math.log(config.vocab_size), color="gray", linestyle=":", label=guess)
     axes.set(xlabel="optimizer step", ylabel="loss (nats per token)")
@@ -457,8 +457,13 @@ def train(config):
     lock = filelock.FileLock(output_dir / ".lock")  # rank 0 holds it as long as this name lives
     if not config.dry_run:
         on_rank_0(claim_output_dir, output_dir, lock, resume or config.overwrite)
-    weights, sizes = common.load_weights(config.init_from) if config.init_from else (None, {})
-    config = replace(config, **sizes)
+    weights = None
+    if config.init_from:
+        try:
+            weights, sizes = common.load_weights(config.init_from)
+        except (OSError, ValueError) as problem:
+            raise ValueError(f"--init_from={config.init_from}: {problem}") from None
+        config = replace(config, **sizes)
 
     token_file, dtype = on_rank_0(prepare_tokens, config, output_dir)
     batch = config.batch_size * config.gradient_accumulation_steps * world_size
@@ -474,8 +479,8 @@ def train(config):
               ", ".join(f"{part} {size:.2f}" for part, size in parts.items()), "(checkpointing "
               f"{config.gradient_checkpointing}, sharding {config.shard_optimizer})")
         print(f"{config.batch_size} windows x {config.gradient_accumulation_steps} micro-batches x "
-              f"{world_size} processes x {config.context_length} tokens = {tokens_per_step:,} tokens"
-              f" per step; {epoch_steps:.1f} steps per epoch, {total_steps} in all", flush=True)
+              f"{world_size} processes x {config.context_length} tokens = {tokens_per_step:,} a"
+              f" step; {epoch_steps:.1f} steps per epoch, {total_steps} in all", flush=True)
     if config.dry_run:
         return 0
     if sum(parts.values()) > free:
@@ -601,7 +606,7 @@ def train(config):
     else:
         on_rank_0(finish, model, config, output_dir, tokens_per_step)
         minutes = (time.perf_counter() - began) / 60
-        end = (f"done: val_loss {val_loss:.4f} in {minutes:.1f} min; see {output_dir}: final_model, "
+        end = (f"done: val_loss {val_loss:.4f} in {minutes:.1f} min; {output_dir} has final_model, "
                "loss.png, loss.pdf, metrics.jsonl, runs")
     if is_main:
         print(end, flush=True)
@@ -613,6 +618,7 @@ def train(config):
 
 @record
 def main():
+    sys.stdout.reconfigure(errors="replace")  # a sample must not end a run on a narrow terminal
     try:
         config = parse_config(Config, PRESETS)
         sys.exit(train(config))
