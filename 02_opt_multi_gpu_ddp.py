@@ -81,7 +81,7 @@ class Config:
     weight_decay: float = HfArg(default=0.1, help="AdamW's, on matrices only")
     adam_beta1: float = HfArg(default=0.9, help="AdamW's decay of the mean")
     adam_beta2: float = HfArg(default=0.95, help="AdamW's decay of the variance")
-    max_grad_norm: float = HfArg(default=1.0, help="longer gradients are scaled down to this norm")
+    max_grad_norm: float = HfArg(default=1.0, help="gradients are cut to this norm; 0 = never")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = HfArg(default="auto", help="of autocast")
     seed: int = HfArg(default=0, help="fixes initial weights, data order, dropout and samples")
     # What may change; only batch_size x gradient_accumulation_steps x processes must stay.
@@ -111,10 +111,12 @@ class Config:
     sample_prompt: str = HfArg(default="Every effort moves you", help="how the samples begin")
 
     def __post_init__(self):
-        for field in (field for field in fields(self) if field.type in (int, float)):
-            value, least = getattr(self, field.name), min(field.default, int(field.type is int))
-            if not least <= value < math.inf:
-                raise ValueError(f"--{field.name}={value} must be finite and at least {least}")
+        for field in fields(self):
+            name, value = field.name, getattr(self, field.name)
+            low, high = (min(field.default, 1), math.inf) if field.type is int else (0, 1)
+            high = 1e9 if name == "max_grad_norm" else high
+            if field.type in (int, float) and not low <= value <= high:
+                raise ValueError(f"--{name}={value} must lie between {low} and {high}")
         if self.emb_dim % self.n_heads:
             raise ValueError(f"--emb_dim={self.emb_dim} is no multiple of --n_heads={self.n_heads}")
         if self.resume and self.overwrite:
@@ -289,7 +291,7 @@ def find_text(name, output_dir):
     return [path]
 
 def prepare_tokens(config, output_dir):
-    """Tokenise the text once, into a file named by a hash of what went in. Returns path, dtype."""
+    """Tokenise the text once, into a file named by a hash of what went in. Returns its path."""
     try:
         encoding = common.load_encoding(config.tokenizer)
     except OSError:
@@ -301,18 +303,19 @@ def prepare_tokens(config, output_dir):
     paths = [path for name in config.text_file for path in find_text(name, output_dir)]
     digests = [hashlib.file_digest(open(path, "rb"), "sha256").digest() for path in paths]
     digest = hashlib.sha256(b"".join(digests) + config.tokenizer.encode()).hexdigest()
-    token_file = output_dir / f"tokens_{digest[:16]}.bin"
+    dtype = "uint16" if encoding.n_vocab <= 2**16 else "uint32"
+    token_file = output_dir / f"tokens_{digest[:16]}.{dtype}"
     if not token_file.exists():
         with atomic_file(token_file) as file:
-            common.write_tokens(paths, encoding, file)
-    return token_file, common.token_dtype(encoding)
+            common.write_tokens(paths, encoding, dtype, file)
+    return token_file
 
 # --- Step 2. Which windows make up the global batch of a step -----------------------------------
 
-def open_windows(config, token_file, dtype, batch):
+def open_windows(config, token_file, batch):
     """TokenWindows for training and for validation, the last part of the text. Raises ValueError
     where there are none, or fewer than one global batch."""
-    tokens, T = np.memmap(token_file, dtype, mode="r"), config.context_length
+    tokens, T = np.memmap(token_file, token_file.suffix[1:], mode="r"), config.context_length
     n_train = int(len(tokens) * (1 - config.val_fraction))
     train_windows = common.TokenWindows(tokens[:n_train], T, config.stride or T)
     val_windows = common.TokenWindows(tokens[n_train:], T, T)
@@ -461,13 +464,13 @@ def train(config):
     if config.init_from:
         try:
             weights, sizes = common.load_weights(config.init_from)
-        except (OSError, ValueError) as problem:
+        except Exception as problem:  # torch.load and transformers raise many kinds
             raise ValueError(f"--init_from={config.init_from}: {problem}") from None
         config = replace(config, **sizes)
 
-    token_file, dtype = on_rank_0(prepare_tokens, config, output_dir)
+    token_file = on_rank_0(prepare_tokens, config, output_dir)
     batch = config.batch_size * config.gradient_accumulation_steps * world_size
-    train_windows, val_windows = open_windows(config, token_file, dtype, batch)
+    train_windows, val_windows = open_windows(config, token_file, batch)
     epoch_steps, tokens_per_step = len(train_windows) / batch, batch * config.context_length
     total_steps = int(config.num_epochs * epoch_steps)
     total_steps = config.max_steps if config.max_steps >= 0 else total_steps
@@ -557,7 +560,8 @@ def train(config):
                 scaler.scale(loss * (world_size / tokens_per_step)).backward()
             step_loss += loss.detach()
         scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm).item()
+        grad_norm = torch.nn.utils.clip_grad_norm_(
+            model.parameters(), config.max_grad_norm or math.inf).item()
         step_loss, stop = sum_over_ranks(device, step_loss, len(stop_signals))
         if precision != "fp16" and not math.isfinite(step_loss + grad_norm):
             raise ValueError(f"step {step}: loss {step_loss / tokens_per_step}, gradient norm "

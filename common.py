@@ -1,15 +1,14 @@
 """The GPT model and the token windows of lessons 02 and 06: the only code that scripts share.
 
 Parameter names and configuration keys are those of S. Raschka, "Build a Large Language Model (From
-Scratch)", ch05/10_llm-training-speed, whose checkpoints load here strictly.
-Configuration: vocab_size, context_length, emb_dim, n_heads, n_layers, drop_rate, qkv_bias.
-Dimensions: B batch, T time (tokens), V vocabulary, D width (emb_dim).
-"""
+Scratch)", ch05/10_llm-training-speed, whose checkpoints load here strictly. Dimensions: B batch,
+T time (tokens), V vocabulary, D width (emb_dim)."""
 
 import itertools
 import os
 import re
 from collections import OrderedDict
+from functools import reduce
 
 import numpy as np
 import tiktoken
@@ -19,10 +18,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 # --- The model -----------------------------------------------------------------------------------
-
 class MultiHeadAttention(nn.Module):
     """Causal self-attention (Vaswani et al. 2017, section 3.2). (B, T, D) -> (B, T, D)."""
-
     def __init__(self, cfg):
         super().__init__()
         self.n_heads, self.drop_rate = cfg["n_heads"], cfg["drop_rate"]
@@ -39,21 +36,19 @@ class MultiHeadAttention(nn.Module):
             values = torch.cat([cache["values"], values], dim=2)
         if cache is not None:
             cache.update(keys=keys, values=values)
-        # PyTorch uses FlashAttention here where it can: no T x T matrix is stored. One new token
-        # may look at every key, so only longer inputs need the causal mask.
+        # FlashAttention, where PyTorch has it: no T x T matrix is stored. One new token may look at
+        # every key, so only longer inputs need the causal mask.
         drop_rate = self.drop_rate if self.training else 0.0
         x = F.scaled_dot_product_attention(queries, keys, values, None, drop_rate, is_causal=T > 1)
         return self.proj(x.transpose(1, 2).reshape(B, T, D))
 
 class TransformerBlock(nn.Module):
     """Pre-LayerNorm block (Radford et al. 2019, section 2.3). (B, T, D) -> (B, T, D)."""
-
     def __init__(self, cfg):
         super().__init__()
-        D = cfg["emb_dim"]
-        self.norm1, self.att = nn.LayerNorm(D), MultiHeadAttention(cfg)
-        gelu = nn.GELU(approximate="tanh")  # as in GPT-2
+        D, gelu = cfg["emb_dim"], nn.GELU(approximate="tanh")  # as in GPT-2
         layers = nn.Sequential(nn.Linear(D, 4 * D), gelu, nn.Linear(4 * D, D))
+        self.norm1, self.att = nn.LayerNorm(D), MultiHeadAttention(cfg)
         self.norm2, self.ff = nn.LayerNorm(D), nn.Sequential(OrderedDict(layers=layers))
         self.drop_shortcut = nn.Dropout(cfg["drop_rate"])
 
@@ -62,12 +57,9 @@ class TransformerBlock(nn.Module):
         return x + self.drop_shortcut(self.ff(self.norm2(x)))
 
 class GPTModel(nn.Module):
-    """GPT-2 with an output head of its own, not tied to the embedding.
-
-    gradient_checkpointing: store only each block's input, run the block again in the backward pass.
-    loss_chunks: compute the loss in so many parts, of which only one has its logits in memory.
-    """
-
+    """GPT-2 with an output head of its own, not tied to the embedding. gradient_checkpointing: keep
+    each block's input only, run the block again in the backward pass. loss_chunks: compute the loss
+    in so many parts, of which only one has its logits in memory."""
     def __init__(self, cfg):
         super().__init__()
         self.cfg, self.gradient_checkpointing, self.loss_chunks = dict(cfg), False, 1
@@ -87,14 +79,11 @@ class GPTModel(nn.Module):
                 nn.init.zeros_(weight)
 
     def forward(self, input_ids, targets=None, cache=None):
-        """(B, T) -> logits (B, T, V); with targets (B, T), -100 = ignored, -> their *summed* loss.
-
-        A sum, so that the caller can divide by the number of targets in the whole global batch.
-        cache: one dict per block, empty at the start (see MultiHeadAttention); not for training.
-        """
-        past = cache[0]["keys"].shape[2] if cache and cache[0] else 0
-        positions = torch.arange(past, past + input_ids.shape[1], device=input_ids.device)
-        x = self.drop_emb(self.tok_emb(input_ids) + self.pos_emb(positions))
+        """(B, T) -> logits (B, T, V); with targets (B, T), -100 = ignored, -> their *summed* loss:
+        the caller divides by the number of targets in the whole global batch. cache: one dict per
+        block, empty at the start (see MultiHeadAttention); not for training."""
+        past, T = cache[0]["keys"].shape[2] if cache and cache[0] else 0, input_ids.shape[1]
+        x = self.drop_emb(self.tok_emb(input_ids) + self.pos_emb.weight[past : past + T])
         for i, block in enumerate(self.trf_blocks):
             if self.gradient_checkpointing and self.training:
                 x = checkpoint(block, x, use_reentrant=False)
@@ -116,29 +105,27 @@ class GPTModel(nn.Module):
 @torch.no_grad()
 def generate(model, input_ids, max_new_tokens, temperature=1.0, top_k=None, n_vocab=None, rng=None):
     """Continue input_ids (B, T) by sampled ids; returns (B, T + max_new_tokens). temperature 0: the
-    likeliest. n_vocab: ids of the tokenizer; those above only pad the embedding and never come.
-    While the text fits into the context, only its newest token is computed (key-value cache); after
-    that the last context_length tokens are, for each id, because all their positions have moved."""
+    likeliest. n_vocab: the tokenizer's ids; those above only pad the embedding and never come. Once
+    the text outgrows the context, all positions move and the key-value cache is of no more use."""
     was_training, context_length = model.training, model.cfg["context_length"]
+    model.eval()
     temperature, top_k = (1.0, 1) if temperature == 0 else (temperature, top_k)
     cache = [{} for _ in model.trf_blocks]
-    model.eval()
     for i in range(max_new_tokens):
         if input_ids.shape[1] <= context_length:
             logits = model(input_ids if i == 0 else input_ids[:, -1:], cache=cache)
         else:
             logits = model(input_ids[:, -context_length:])
         logits = logits[:, -1, :n_vocab].float() / temperature
-        if top_k is not None:
-            kth_largest = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-            logits = logits.masked_fill(logits < kth_largest, float("-inf"))
+        if top_k is not None:  # exactly so many, also where logits tie
+            top, ids = logits.topk(min(top_k, logits.shape[-1]))
+            logits = torch.full_like(logits, float("-inf")).scatter(1, ids, top)
         next_ids = logits.softmax(dim=-1).multinomial(1, generator=rng)
         input_ids = torch.cat([input_ids, next_ids], dim=1)
     model.train(was_training)
     return input_ids
 
 # --- The model as other programs know it ----------------------------------------------------------
-
 HF_NAMES = {
     "tok_emb": "transformer.wte", "pos_emb": "transformer.wpe", "trf_blocks": "transformer.h",
     "norm1": "ln_1", "att.qkv": "attn.c_attn", "att.proj": "attn.c_proj",
@@ -146,18 +133,17 @@ HF_NAMES = {
     "final_norm": "transformer.ln_f", "out_head": "lm_head",
 }
 
-CHAT_TEMPLATE = (  # "role: text" and the end token, for every message
+CHAT_TEMPLATE = (  # every message: "role: text" and the end token
     "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}")
 
 def rename_weights(weights, names):
     """Rename by parts of names; transpose the blocks' matrices, which GPT-2 keeps as (in, out)."""
     renamed = {}
-    for name, weight in weights.items():
-        transpose = weight.dim() == 2 and name.startswith(("trf_blocks.", "transformer.h."))
-        for old, new in names.items():
-            name = name.replace(old, new)
-        renamed[name] = weight.T.contiguous() if transpose else weight
+    for name, w in weights.items():
+        new_name = reduce(lambda name, pair: name.replace(*pair), names.items(), name)
+        in_block = w.dim() == 2 and name.startswith(("trf_blocks.", "transformer.h."))
+        renamed[new_name] = w.T.contiguous() if in_block else w
     return renamed
 
 def load_weights(source):
@@ -168,11 +154,15 @@ def load_weights(source):
         weights, sizes = torch.load(source, map_location="cpu", weights_only=True), {}
         weights = {re.sub(r"module\.|_orig_mod\.", "", name): w for name, w in weights.items()}
     else:
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, GPT2Config
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        for name in ("activation_function", "layer_norm_epsilon", "scale_attn_weights", "n_inner",
+                     "scale_attn_by_inverse_layer_idx"):
+            if getattr(model.config, name, None) != getattr(GPT2Config(), name):
+                raise ValueError(f"{source} differs from GPT-2 in {name}")
         weights = rename_weights(model.state_dict(), {hf: own for own, hf in HF_NAMES.items()})
         sizes = {"n_heads": model.config.num_attention_heads}
-    if not {"out_head.weight", "trf_blocks.0.att.qkv.weight"} <= set(weights):
+    if "trf_blocks.0.att.qkv.weight" not in weights:
         raise ValueError(f"{source} is no GPT-2-type model: its weights begin {list(weights)[:2]}")
     sizes["vocab_size"], sizes["emb_dim"] = weights["tok_emb.weight"].shape
     sizes["context_length"] = len(weights["pos_emb.weight"])
@@ -186,9 +176,8 @@ def save_hugging_face(model, encoding, folder):
     from safetensors.torch import save_file
     from transformers import GenerationConfig, GPT2Config, PreTrainedTokenizerFast
     from transformers.convert_slow_tokenizer import TikTokenConverter
-    cfg, end = model.cfg, encoding.eot_token
-    ids, token = {"bos_token_id": end, "eos_token_id": end}, encoding.decode([end])
-    weights = rename_weights(model.state_dict(), HF_NAMES)
+    cfg, end, token = model.cfg, encoding.eot_token, encoding.decode([encoding.eot_token])
+    weights = rename_weights({k: w.cpu() for k, w in model.state_dict().items()}, HF_NAMES)
     for i in range(cfg["n_layers"]):  # GPT-2 always has this bias
         no_bias = torch.zeros(3 * cfg["emb_dim"])
         weights.setdefault(f"transformer.h.{i}.attn.c_attn.bias", no_bias)
@@ -196,9 +185,10 @@ def save_hugging_face(model, encoding, folder):
     config = GPT2Config(
         vocab_size=cfg["vocab_size"], n_positions=cfg["context_length"], n_embd=cfg["emb_dim"],
         n_layer=cfg["n_layers"], n_head=cfg["n_heads"], tie_word_embeddings=False, dtype="float32",
-        architectures=["GPT2LMHeadModel"], **ids)
-    unused = list(range(encoding.n_vocab, cfg["vocab_size"])) or None
-    generation = GenerationConfig(do_sample=True, suppress_tokens=unused, pad_token_id=end, **ids)
+        architectures=["GPT2LMHeadModel"], bos_token_id=end, eos_token_id=end)
+    unused = list(range(encoding.n_vocab, cfg["vocab_size"])) or None  # ids without a token
+    generation = GenerationConfig(do_sample=True, suppress_tokens=unused, bos_token_id=end,
+                                  eos_token_id=end, pad_token_id=end)
     converter = TikTokenConverter(None, encoding._pat_str, extra_special_tokens=[token])
     converter.load_tiktoken_bpe = lambda _: encoding._mergeable_ranks
     tokenizer = PreTrainedTokenizerFast(
@@ -208,7 +198,6 @@ def save_hugging_face(model, encoding, folder):
         part.save_pretrained(folder)
 
 # --- Token windows --------------------------------------------------------------------------------
-
 def load_encoding(name):
     """A tiktoken.Encoding: "gpt2" (OSError offline), or "bytes", one id per byte and an end."""
     if name != "bytes":
@@ -217,41 +206,37 @@ def load_encoding(name):
     return tiktoken.Encoding(name, pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens=end)
 
 def text_pieces(path, size=2**20):
-    """Yield a UTF-8 text in O(size) memory as strings of about size characters. Each ends with a
-    line, where GPT-2's pattern always has a border, so the tokens are those of the whole text.
-    Raises ValueError for a text that is empty, or not UTF-8 (with the byte's offset)."""
+    """Yield a UTF-8 text in pieces of about size characters, cut before the white space at a line's
+    end, a border of GPT-2's pattern: the tokens stay the same. ValueError if empty or not UTF-8."""
     piece, offset = "", 0
     with open(path, "rb") as file:
         for line in file:
             try:
-                text = line.decode("utf-8" if offset else "utf-8-sig")
+                text = line.decode("utf-8")
             except UnicodeDecodeError as problem:
                 raise ValueError(f"{path} is not UTF-8 at byte {offset + problem.start}") from None
-            if len(piece) > size and piece.rstrip("\r\n")[-1:].strip() and text[0].strip():
-                yield piece
-                piece = ""
-            piece, offset = piece + text, offset + len(line)
+            piece += text if offset else text.removeprefix("\ufeff")  # the byte order mark
+            offset += len(line)
+            end = len(piece.rstrip(" \t\r\n")) if len(piece) > size else 0
+            if 0 < end < len(piece) and piece[end - 1].strip():
+                yield piece[:end]
+                piece = piece[end:]
     if not piece:
         raise ValueError(f"{path} is empty")
     yield piece
 
-def token_dtype(encoding):
-    """The type of the ids in a token file."""
-    return np.uint16 if encoding.n_vocab <= 2**16 else np.uint32
-
-def write_tokens(paths, encoding, file):
-    """Append the texts to file as ids of token_dtype, an end token after each."""
+def write_tokens(paths, encoding, dtype, file):
+    """Append the texts to file as ids of a tiktoken.Encoding, with an end token after each text."""
     for path in paths:
         pieces = text_pieces(path)
         while batch := list(itertools.islice(pieces, 64)):
             for ids in encoding.encode_ordinary_batch(batch, num_threads=os.cpu_count() or 1):
-                file.write(np.array(ids, token_dtype(encoding)).tobytes())
-        file.write(np.array([encoding.eot_token], token_dtype(encoding)).tobytes())
+                file.write(np.array(ids, dtype).tobytes())
+        file.write(np.array([encoding.eot_token], dtype).tobytes())
 
 class TokenWindows:
     """Windows of context_length tokens over a memory-mapped array of ids; O(1) memory each.
     Window i is tokens[i * stride :][:context_length]; its targets lie one token further."""
-
     def __init__(self, tokens, context_length, stride):
         self.tokens, self.context_length, self.stride = tokens, context_length, stride
 
@@ -261,6 +246,5 @@ class TokenWindows:
     def batch(self, indices):
         """Returns input_ids and targets, each (len(indices), context_length), int64."""
         starts = np.asarray(indices, dtype=np.int64)[:, None] * self.stride
-        rows = self.tokens[starts + np.arange(self.context_length + 1)]
-        rows = torch.from_numpy(rows.astype(np.int64))
-        return rows[:, :-1], rows[:, 1:]
+        rows = self.tokens[starts + np.arange(self.context_length + 1)].astype(np.int64)
+        return torch.from_numpy(rows[:, :-1]), torch.from_numpy(rows[:, 1:])

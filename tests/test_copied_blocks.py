@@ -1,4 +1,4 @@
-"""The bargain about repetition: what scripts share is copied, and every copy is the same to the byte."""
+"""The bargain about repetition: what scripts share is copied, and the copies are equal."""
 
 import ast
 import difflib

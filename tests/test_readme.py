@@ -1,4 +1,4 @@
-"""What README and the docstrings tell people to type exists: flags parse, files and links are there."""
+"""What README and the docstrings tell people to type exists: flags, files, links."""
 
 import importlib.util
 import re
