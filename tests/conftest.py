@@ -1,0 +1,90 @@
+"""Start a lesson as a reader does: alone with common.py in a folder, by its command line."""
+
+import importlib
+import json
+import os
+import shutil
+import socket
+import sys
+import time
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+# Before torch is imported: one thread here as in the children, so that results agree to the bit.
+os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE", HF_HUB_OFFLINE="1")
+for name in [*os.environ]:
+    if name.startswith(("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_", "ACCELERATE_")):
+        del os.environ[name]
+LAUNCHERS = {
+    "python": "", "torchrun": "-m torch.distributed.run --standalone --nproc_per_node={nproc}",
+    "accelerate": "-m accelerate.commands.launch --multi_gpu --num_processes {nproc} --num_machines"
+                  " 1 --mixed_precision no --dynamo_backend no --main_process_port {port}"}
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+def read_metrics(folder):
+    lines = [line for path in folder.glob("*/metrics.jsonl") for line in path.open()]
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+class Run:
+    """A lesson at work, and what it has printed and logged up to now."""
+    def __init__(self, folder, command, env):
+        self.folder, rank = folder, env.get("RANK", "")
+        self.logs = [folder / f"{stream}{rank}.log" for stream in ("stdout", "stderr")]
+        out, err = (log.open("w") for log in self.logs)
+        self.process = psutil.Popen(command, cwd=folder, env=env, stdout=out, stderr=err)
+    stdout = property(lambda self: self.logs[0].read_text("utf-8"))
+    stderr = property(lambda self: self.logs[1].read_text("utf-8"))
+    metrics = property(lambda self: read_metrics(self.folder))
+    returncode = property(lambda self: self.process.returncode)
+
+    def wait_for_step(self, step, timeout=120):
+        end = time.monotonic() + timeout
+        while not any(record["step"] >= step for record in self.metrics):
+            assert self.process.poll() is None and time.monotonic() < end, self.stderr[-3000:]
+            time.sleep(0.001)
+
+    def kill(self):
+        """SIGKILL for all: torchrun puts its workers into process groups of their own."""
+        with suppress(psutil.NoSuchProcess):
+            for process in [self.process, *self.process.children(recursive=True)]:
+                process.kill()
+        self.process.wait(30)
+
+@contextmanager
+def started(folder, name, *flags, launcher="python", nproc=1, **env):
+    """A Run that ends with the block at the latest."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in {name, "common.py"} - set(os.listdir(folder)):
+        shutil.copy(ROOT / file, folder)
+    launch = LAUNCHERS[launcher].format(nproc=nproc, port=free_port()).split()
+    run = Run(folder, [sys.executable, *launch, name, *map(str, flags)], os.environ | env)
+    try:
+        yield run
+    finally:
+        run.kill()
+
+def run_script(folder, name, *flags, check=True, timeout=120, **launch):
+    with started(folder, name, *flags, **launch) as run, suppress(psutil.TimeoutExpired):
+        run.process.wait(timeout)
+    assert not (check and run.returncode), f"exit code {run.returncode}: {run.stderr[-3000:]}"
+    return run
+
+def run_main(folder, name, *flags):
+    """The lesson in this process, without its start. Returns its exit code: 0 or the error line."""
+    script = importlib.import_module(Path(name).stem)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", [name, *map(str, flags)])
+        patch.setattr("signal.signal", lambda *handler: None)  # pytest keeps its own
+        try:
+            return script.main() or 0
+        except SystemExit as end:
+            return end.code
