@@ -128,7 +128,10 @@ def parse_config(config_class, presets):
     parser = HfArgumentParser(config_class, allow_abbrev=False, usage="%(prog)s [--flag value] ...")
     parser.error = lambda message: sys.exit(f"error: {message}; --help lists the flags")
     given = parser.parse_known_args()[0]
-    values = yaml.safe_load(Path(given.config).read_text("utf-8")) if given.config else {}
+    try:
+        values = yaml.safe_load(Path(given.config).read_text("utf-8")) if given.config else {}
+    except yaml.YAMLError:
+        values = None
     if not isinstance(values, dict):
         raise ValueError(f"--config={given.config} must hold lines of the form flag: value")
     arguments = []
@@ -626,7 +629,7 @@ def main():
     try:
         config = parse_config(Config, PRESETS)
         sys.exit(train(config))
-    except (ValueError, OSError, yaml.YAMLError) as problem:
+    except (ValueError, OSError) as problem:
         sys.exit("error: " + " ".join(str(problem).split()))
     except torch.OutOfMemoryError:
         free, total = (size / 2**30 for size in torch.cuda.mem_get_info())

@@ -5,6 +5,7 @@ import math
 import random
 import re
 import shutil
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -175,8 +176,9 @@ class Intruder:
         return Path.touch, (Path("executed"),)
 
 def flip_a_bit(path):
+    largest = max(zipfile.ZipFile(path).infolist(), key=lambda part: part.file_size)
     data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1  # in the weights
+    data[largest.header_offset + largest.file_size // 2] ^= 1  # in a tensor, not in the padding
     path.write_bytes(data)
 
 DAMAGE = {
