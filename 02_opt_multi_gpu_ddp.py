@@ -38,7 +38,6 @@ import torch.distributed as dist
 import yaml
 from matplotlib.figure import Figure
 from torch.distributed.elastic.multiprocessing.errors import record
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.tensorboard import SummaryWriter
 from transformers.hf_argparser import HfArg, HfArgumentParser
@@ -126,11 +125,13 @@ class Config:
 def parse_config(config_class, presets):
     """Defaults, then --preset, then --config file.yaml, then the command line: the last wins."""
     parser = HfArgumentParser(config_class, allow_abbrev=False, usage="%(prog)s [--flag value] ...")
-    parser.error = lambda message: sys.exit(f"error: {message}; --help lists the flags")
+    def error(message):
+        raise ValueError(f"{message}; --help lists the flags")
+    parser.error = error
     given = parser.parse_known_args()[0]
     try:
         values = yaml.safe_load(Path(given.config).read_text("utf-8")) if given.config else {}
-    except yaml.YAMLError:
+    except (yaml.YAMLError, UnicodeDecodeError):
         values = None
     if not isinstance(values, dict):
         raise ValueError(f"--config={given.config} must hold lines of the form flag: value")
@@ -140,7 +141,7 @@ def parse_config(config_class, presets):
         arguments += [f"--{name}", *map(str, value)] if many else [f"--{name}={value}"]
     config, unknown = parser.parse_args_into_dataclasses(
         arguments + sys.argv[1:], return_remaining_strings=True, look_for_args_file=False)
-    return parser.error(f"unknown: {' '.join(unknown)}") if unknown else config
+    return error(f"unknown: {' '.join(unknown)}") if unknown else config
 # End of copied block: parse_config
 
 # Copied between scripts: setup_distributed
@@ -236,8 +237,9 @@ def load_checkpoint(*paths):
     all are damaged. The zip file's checksums are compared, which torch.load alone does not do."""
     for path in (paths := [path for path in paths if path.exists()]):
         try:
-            if zipfile.ZipFile(path).testzip() is None:
-                return torch.load(path, map_location="cpu", weights_only=True)
+            if zipfile.ZipFile(path).testzip():
+                raise zipfile.BadZipFile("checksum")
+            return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as problem:  # a damaged file can raise anything
             print(f"{path} is damaged and not used: {type(problem).__name__}", file=sys.stderr)
     if paths:
@@ -389,6 +391,7 @@ def build_model(config, weights, device):
     settings = dict(lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2),
                     weight_decay=config.weight_decay, fused=True)
     if config.shard_optimizer == "on":
+        from torch.distributed.optim import ZeroRedundancyOptimizer  # 0.7 s to import
         return model, ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **settings)
     return model, torch.optim.AdamW(groups, **settings)
 
@@ -407,7 +410,8 @@ def evaluate(model, windows, batch_size, rank, world_size, device, autocast):
 def sample(model, config, step, device):
     """A text of 100 tokens by the model, on one line."""
     encoding = common.load_encoding(config.tokenizer)
-    prompt = torch.tensor([encoding.encode_ordinary(config.sample_prompt)], device=device)
+    prompt = encoding.encode_ordinary(config.sample_prompt) or [encoding.eot_token]
+    prompt = torch.tensor([prompt], device=device)
     rng = torch.Generator(device).manual_seed(config.seed + step)
     ids = common.generate(model, prompt, 100, 0.8, top_k=50, n_vocab=encoding.n_vocab, rng=rng)
     return repr(encoding.decode(ids[0].tolist()))
@@ -467,8 +471,10 @@ def train(config):
     if config.init_from:
         try:
             weights, sizes = common.load_weights(config.init_from)
-        except Exception as problem:  # torch.load and transformers raise many kinds
+        except (OSError, ValueError) as problem:
             raise ValueError(f"--init_from={config.init_from}: {problem}") from None
+        except Exception:  # torch.load raises many kinds
+            raise ValueError(f"--init_from={config.init_from} is no state dict") from None
         config = replace(config, **sizes)
 
     token_file = on_rank_0(prepare_tokens, config, output_dir)
@@ -514,7 +520,9 @@ def train(config):
     elif is_main:
         for path in (*paths, output_dir / "final_model", output_dir / "runs"):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    log = MetricsLog(output_dir, start_step if checkpoint else -1) if is_main else None
+    finished = checkpoint and start_step >= total_steps and (output_dir / "final_model").exists()
+    if is_main and not finished:
+        log = MetricsLog(output_dir, start_step if checkpoint else -1)
 
     # DDP hooks into backward(): as soon as a bucket of gradients is ready, its average over the
     # ranks is on its way while earlier layers are still being differentiated. compile() goes around
@@ -610,6 +618,8 @@ def train(config):
 
     if stop:
         end = f"stopped by a signal after step {step}; --resume goes on from there"
+    elif finished:
+        end = f"this run is finished: {output_dir}/final_model"
     else:
         on_rank_0(finish, model, config, output_dir, tokens_per_step)
         minutes = (time.perf_counter() - began) / 60
@@ -630,12 +640,17 @@ def main():
         config = parse_config(Config, PRESETS)
         sys.exit(train(config))
     except (ValueError, OSError) as problem:
-        sys.exit("error: " + " ".join(str(problem).split()))
+        message = " ".join(str(problem).split())
     except torch.OutOfMemoryError:
         free, total = (size / 2**30 for size in torch.cuda.mem_get_info())
-        sys.exit(f"error: out of GPU memory, {total - free:.1f} of {total:.1f} GiB are taken; the "
-                 f"same global batch with less: --batch_size {config.batch_size // 2} "
-                 f"--gradient_accumulation_steps {config.gradient_accumulation_steps * 2}")
+        less = "--gradient_checkpointing on --loss_chunks 8"
+        if config.batch_size > 1:
+            less = (f"--batch_size {config.batch_size // 2} "
+                    f"--gradient_accumulation_steps {config.gradient_accumulation_steps * 2}")
+        message = (f"out of GPU memory, {total - free:.1f} of {total:.1f} GiB are taken; the same "
+                   f"global batch takes less with {less}")
+    sys.stderr.write(f"error: {message}\n")  # in one piece: other ranks write here too
+    sys.exit(1)
 
 if __name__ == "__main__":
     main()

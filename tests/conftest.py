@@ -1,6 +1,7 @@
 """Start a lesson as a reader does: alone with common.py in a folder, by its command line."""
 
 import importlib
+import io
 import json
 import os
 import shutil
@@ -84,7 +85,10 @@ def run_main(folder, name, *flags):
         patch.chdir(folder)
         patch.setattr(sys, "argv", [name, *map(str, flags)])
         patch.setattr("signal.signal", lambda *handler: None)  # pytest keeps its own
+        patch.setattr(sys, "stderr", stderr := io.StringIO())
         try:
             return script.main() or 0
         except SystemExit as end:
-            return end.code
+            return stderr.getvalue().splitlines()[-1] if end.code == 1 else end.code
+        finally:
+            os.write(2, stderr.getvalue().encode())
