@@ -1,7 +1,8 @@
 """02 - Pretrain a GPT on several GPUs with DistributedDataParallel (DDP).
 
 You learn   what torchrun sets and who uses it; how every rank takes its slice of one global batch;
-            where gradients are averaged; why the losses do not depend on the number of GPUs
+            where gradients are averaged; why, for one global batch (without dropout and learning
+            rate scaling), the losses do not depend on how many GPUs share it
 Run it      torchrun --nproc_per_node=2 02_opt_multi_gpu_ddp.py --preset tiny    # no GPU needed
             torchrun --nproc_per_node=4 02_opt_multi_gpu_ddp.py                  # 1.42 B, 4 GPUs
 Expect      EXPECT
@@ -128,36 +129,43 @@ def parse_config(config_class, presets):
     def error(message):
         raise ValueError(f"{message}; --help lists the flags")
     parser.error = error
-    given = parser.parse_known_args()[0]
+    path = parser.parse_known_args()[0].config
     try:
-        values = yaml.safe_load(Path(given.config).read_text("utf-8")) if given.config else {}
+        from_file = yaml.safe_load(Path(path).read_text("utf-8")) if path else {}
     except (yaml.YAMLError, UnicodeDecodeError):
-        values = None
-    if not isinstance(values, dict):
-        raise ValueError(f"--config={given.config} must hold lines of the form flag: value")
-    arguments = []
-    for name, value in {**presets.get(getattr(given, "preset", ""), {}), **values}.items():
-        many = isinstance(value, list)
-        arguments += [f"--{name}", *map(str, value)] if many else [f"--{name}={value}"]
+        from_file = None
+    if not isinstance(from_file, dict):
+        raise ValueError(f"--config={path} must hold lines of the form flag: value")
+    def as_flags(values):
+        flags = []
+        for name, x in values.items():
+            flags += [f"--{name}", *map(str, x)] if isinstance(x, list) else [f"--{name}={x}"]
+        return flags
+    given = as_flags(from_file) + sys.argv[1:]
+    preset = getattr(parser.parse_known_args(given)[0], "preset", "")
     config, unknown = parser.parse_args_into_dataclasses(
-        arguments + sys.argv[1:], return_remaining_strings=True, look_for_args_file=False)
+        as_flags(presets.get(preset, {})) + given, return_remaining_strings=True,
+        look_for_args_file=False)
     return error(f"unknown: {' '.join(unknown)}") if unknown else config
 # End of copied block: parse_config
 
 # Copied between scripts: setup_distributed
 def setup_distributed(device, backend, timeout_seconds):
     """Join the processes that torchrun started; plain python is a world of one, without a group.
-    RANK names this process among all WORLD_SIZE; LOCAL_RANK only chooses the GPU on its machine.
+    torchrun sets RANK and WORLD_SIZE (which process of how many: who computes and writes what),
+    LOCAL_RANK (which GPU of this machine, nothing else), MASTER_ADDR and _PORT (where they meet).
     Returns (rank, world_size, device). Raises ValueError for what this machine does not have."""
     if "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1:
         raise ValueError("SLURM_NTASKS > 1 without RANK: start one task per node, torchrun in it")
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if device == "auto":
-        device = "cuda" if gpus else "mps" if torch.backends.mps.is_available() else "cpu"
+        mps = torch.backends.mps.is_available() and world_size == 1  # gloo cannot reach it
+        device = "cuda" if gpus else "mps" if mps else "cpu"
     if backend == "auto":
-        backend = "nccl" if device == "cuda" else "gloo"
-    if (device == "cuda" and gpus == 0) or (backend == "nccl" and local_rank >= gpus):
+        backend = "nccl" if device == "cuda" and dist.is_nccl_available() else "gloo"
+    if (device == "cuda" and gpus == 0) or (
+            backend == "nccl" and (device != "cuda" or local_rank >= gpus)):
         raise ValueError(f"--device={device} --backend={backend} needs a GPU per process, here are "
                          f"{gpus}; start fewer processes, or take --device=cpu --backend=gloo")
     if device == "cuda":
@@ -343,9 +351,9 @@ def global_batch(seed, step, batch, size):
 
 # --- Step 3. What fits into memory --------------------------------------------------------------
 
-def plan_memory(config, precision, world_size, device):
-    """Settle what is "auto": shard AdamW, or recompute activations, or both, as far as needed.
-    Returns (config, number of parameters, {part: GiB} of one process, free GiB).
+def plan_memory(config, world_size, device):
+    """Settle what is "auto": shard AdamW, or recompute activations, or both, as far as needed, and
+    print the estimate for one process. Returns the config. Raises ValueError if it does not fit.
 
     A block keeps, of each token, two fp32 inputs of LayerNorm (8 D bytes) and 14 D numbers under
     autocast: the inputs of its four matrices (7 D) and of GELU (4 D), and q, k, v (3 D).
@@ -353,7 +361,7 @@ def plan_memory(config, precision, world_size, device):
     with torch.device("meta"):
         n = sum(p.numel() for p in common.GPTModel(vars(config)).parameters())
     D, L, V = config.emb_dim, config.n_layers, config.vocab_size
-    half = 4 if precision == "fp32" else 2  # bytes of a number under autocast
+    half = 4 if config.precision == "fp32" else 2  # bytes of a number under autocast
     tokens = config.batch_size * config.context_length
     block = tokens * D * (8 + 14 * half + 2 * (config.drop_rate > 0))
     free = psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -365,15 +373,22 @@ def plan_memory(config, precision, world_size, device):
             options[config.shard_optimizer if world_size > 1 else "off"]):
         parts = {
             "weights": 4 * n + (half * (12 * L * D * D + V * D) if half < 4 else 0),  # and casts
-            "gradients": 4 * n,
+            # What accumulates before DDP takes part lies outside its buckets.
+            "gradients": 8 * n if world_size > 1 < config.gradient_accumulation_steps else 4 * n,
             "optimizer": 8 * n / (world_size if shard == "on" else 1),
             "activations": block + L * 4 * tokens * D if recompute == "on" else L * block,
             "logits": tokens * V * (12 if half == 4 else 14) / config.loss_chunks,
         }
         if sum(parts.values()) < free:
             break
-    config = replace(config, gradient_checkpointing=recompute, shard_optimizer=shard)
-    return config, n, {part: size / 2**30 for part, size in parts.items()}, free / 2**30
+    needed = f"{sum(parts.values()) / 2**30:.2f} GiB per process of {free / 2**30:.2f} free"
+    print(f"{n:,} parameters on {device} in {config.precision}; about {needed}:",
+          ", ".join(f"{part} {size / 2**30:.2f}" for part, size in parts.items()),
+          f"(checkpointing {recompute}, sharding {shard})", flush=True)
+    if sum(parts.values()) > free and not config.dry_run:
+        raise ValueError(f"this needs about {needed}: half the --batch_size with twice the "
+                         "--gradient_accumulation_steps takes less, --preset tiny least")
+    return replace(config, gradient_checkpointing=recompute, shard_optimizer=shard)
 
 # --- Step 4. What the training loop calls -------------------------------------------------------
 
@@ -461,6 +476,7 @@ def train(config):
         config.device, config.backend, config.timeout_seconds)
     is_main, on_gpu, output_dir = rank == 0, device.type == "cuda", Path(config.output_dir)
     precision = resolve_precision(config.precision, device)
+    config = replace(config, precision=precision)
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs; on every rank, like every setting
     output_dir.mkdir(parents=True, exist_ok=True)
     resume = config.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
@@ -478,33 +494,26 @@ def train(config):
         config = replace(config, **sizes)
 
     token_file = on_rank_0(prepare_tokens, config, output_dir)
-    batch = config.batch_size * config.gradient_accumulation_steps * world_size
-    train_windows, val_windows = open_windows(config, token_file, batch)
-    epoch_steps, tokens_per_step = len(train_windows) / batch, batch * config.context_length
+    global_batch_size = config.batch_size * config.gradient_accumulation_steps * world_size
+    train_windows, val_windows = open_windows(config, token_file, global_batch_size)
+    epoch_steps = len(train_windows) / global_batch_size
+    tokens_per_step = global_batch_size * config.context_length
     total_steps = int(config.num_epochs * epoch_steps)
     total_steps = config.max_steps if config.max_steps >= 0 else total_steps
-    config, n_parameters, parts, free = on_rank_0(
-        plan_memory, config, precision, world_size, device)
-    needed = f"about {sum(parts.values()):.2f} GiB per process of {free:.2f} free"
+    config = on_rank_0(plan_memory, config, world_size, device)
     if is_main:
-        print(f"{n_parameters:,} parameters on {device} in {precision}; {needed}:",
-              ", ".join(f"{part} {size:.2f}" for part, size in parts.items()), "(checkpointing "
-              f"{config.gradient_checkpointing}, sharding {config.shard_optimizer})")
         print(f"{config.batch_size} windows x {config.gradient_accumulation_steps} micro-batches x "
               f"{world_size} processes x {config.context_length} tokens = {tokens_per_step:,} a"
               f" step; {epoch_steps:.1f} steps per epoch, {total_steps} in all", flush=True)
     if config.dry_run:
         return 0
-    if sum(parts.values()) > free:
-        raise ValueError(f"this needs {needed}: half the --batch_size with twice the "
-                         "--gradient_accumulation_steps takes less, --preset tiny least")
 
     model, optimizer = build_model(config, weights, device)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     scale = {"linear": world_size, "sqrt": math.sqrt(world_size), "none": 1}[config.lr_scaling]
     highest_lr, start_step, val_loss = config.learning_rate * scale, 0, math.nan
     identity = dict(itertools.takewhile(lambda item: item[0] != "preset", asdict(config).items()))
-    identity |= {"text": token_file.name, "global batch": batch}
+    identity |= {"text": token_file.name, "global batch": global_batch_size}
     paths = output_dir / "checkpoint.pt", output_dir / "checkpoint.previous.pt"
     checkpoint = load_checkpoint(*paths) if resume else None
     if checkpoint:
@@ -512,21 +521,28 @@ def train(config):
             raise ValueError(f"{paths[0]} is of a run with {other}: take these, or --overwrite")
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
+        for adam in getattr(optimizer, "optim", optimizer).state.values():
+            adam["step"] = adam["step"].to(device)  # sharded, it stays on the CPU (pytorch#124133)
         scaler.load_state_dict(checkpoint["scaler"])
         start_step, highest_lr = checkpoint["step"], checkpoint["highest_lr"]
         val_loss = checkpoint["val_loss"]
+    if sum_over_ranks(device, start_step)[0] != start_step * world_size:
+        raise ValueError(f"the processes read different checkpoints: is {output_dir} shared?")
+    fresh = checkpoint is None
+    del checkpoint, weights  # several GiB
     if is_main and resume:
         print(f"resumed from step {start_step} of {total_steps}", flush=True)
     elif is_main:
         for path in (*paths, output_dir / "final_model", output_dir / "runs"):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    finished = checkpoint and start_step >= total_steps and (output_dir / "final_model").exists()
+    finished = not fresh and start_step >= total_steps and (output_dir / "final_model").exists()
     if is_main and not finished:
-        log = MetricsLog(output_dir, start_step if checkpoint else -1)
+        log = MetricsLog(output_dir, -1 if fresh else start_step)
 
     # DDP hooks into backward(): as soon as a bucket of gradients is ready, its average over the
-    # ranks is on its way while earlier layers are still being differentiated. compile() goes around
-    # DDP, so that it keeps these buckets apart. Evaluation and samples use the plain model.
+    # ranks is on its way while earlier layers are still being differentiated. torch.compile goes
+    # around DDP: it cuts its graph at the borders of the buckets, so that this overlap remains.
+    # Evaluation and samples use the plain model.
     network, no_sync = model, nullcontext
     if world_size > 1:
         network = DDP(model, [device] if on_gpu else None, gradient_as_bucket_view=True)
@@ -537,9 +553,9 @@ def train(config):
                        dtype=torch.float16 if precision == "fp16" else torch.bfloat16)
     evaluation = partial(evaluate, model, val_windows, config.batch_size, rank, world_size, device,
                          autocast)
-    if checkpoint is None:
+    if fresh:
         val_loss = evaluation()
-    if checkpoint is None and is_main:
+    if fresh and is_main:
         log.write({"step": 0, "epoch": 0.0, "tokens_seen": 0, "val_loss": val_loss})
     stop_signals = []  # SIGTERM and SIGUSR1 come from Slurm and spot machines, SIGINT from Ctrl-C
     for name in {"SIGTERM", "SIGUSR1", "SIGINT"} & set(dir(signal)):
@@ -554,20 +570,21 @@ def train(config):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
         # Every rank knows the whole global batch and takes its own slice of each micro-batch.
-        windows = global_batch(config.seed, step, batch, len(train_windows))
+        indices = global_batch(config.seed, step, global_batch_size, len(train_windows))
         for micro_step in range(config.gradient_accumulation_steps):
             first = (micro_step * world_size + rank) * config.batch_size
-            input_ids, targets = train_windows.batch(windows[first : first + config.batch_size])
+            input_ids, targets = train_windows.batch(indices[first : first + config.batch_size])
             seeds = np.random.SeedSequence([config.seed, step, micro_step, rank])
             torch.manual_seed(int(seeds.generate_state(1)[0]))  # of dropout
-            # Gradients add up in place; only the last backward() averages them over the ranks.
-            # no_sync() is around the forward pass too, where DDP decides about that.
+            # Gradients add up in .grad on each rank; only the last backward() averages them over
+            # the ranks, once per step instead of once per micro-batch. DDP decides in the forward
+            # pass whether backward() will communicate, so no_sync() encloses both.
             synchronise = micro_step == config.gradient_accumulation_steps - 1
             with nullcontext() if synchronise else no_sync():
                 with autocast():
                     loss = network(input_ids.to(device), targets.to(device))
-                # DDP divides the sum over ranks by world_size. With that undone, the gradient is
-                # the one of the mean loss over the global batch, however that is split up.
+                # loss is a sum over this slice; the mean over the global batch is the sum over
+                # ranks and micro-batches divided by tokens_per_step. DDP will divide by world_size.
                 scaler.scale(loss * (world_size / tokens_per_step)).backward()
             step_loss += loss.detach()
         scaler.unscale_(optimizer)

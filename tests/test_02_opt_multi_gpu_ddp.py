@@ -287,6 +287,14 @@ def test_flags_win_over_the_yaml_file_and_a_dry_run_writes_no_results(tmp_path, 
     assert not {"checkpoint.pt", "metrics.jsonl", "final_model", "runs"} & {
         path.name for path in folder.glob("gpt_output/*")}
 
+def test_a_preset_can_be_named_in_the_yaml_file(tmp_path, capfd):
+    folder = new_folder(tmp_path / "run")
+    (folder / "run.yaml").write_text("preset: 124M\nbatch_size: 1\n")
+    flags = ["--config=run.yaml", "--text_file=text.txt", "--tokenizer=bytes", "--dry_run"]
+    assert run_main(folder, NAME, *flags, "--context_length=32", "--n_layers=1") == 0
+    assert "1 windows x 4 micro-batches" in (out := capfd.readouterr().out)
+    assert re.match(r"84,\d{3},\d{3} parameters", out)  # width 768, 50,304 rows twice, one block
+
 # --- Errors ---------------------------------------------------------------------------------------
 
 BAD_FLAGS = {
@@ -306,7 +314,8 @@ BAD_FLAGS = {
     "--config=absent.yaml": r"absent\.yaml", "--config=key.yaml": "n_layer",
     "--config=type.yaml": "emb_dim.*wide", "--config=list.yaml": r"list\.yaml",
     "--config=broken.yaml": r"broken\.yaml", "--config=latin1.txt": r"latin1\.txt",
-    "--init_from=nope": "nope", "--init_from=nope.pth": r"nope\.pth", "--resume --overwrite": "--resume.*--overwrite"}
+    "--init_from=nope": "nope", "--init_from=nope.pth": r"nope\.pth",
+    "--resume --overwrite": "--resume.*--overwrite"}
 
 @pytest.mark.parametrize("flags", BAD_FLAGS)
 def test_a_bad_flag_or_file_ends_in_one_line_that_names_it(flags, tmp_path):
