@@ -63,7 +63,7 @@ AutoOnOff = Literal["auto", "on", "off"]
 @dataclass(frozen=True)
 class Config:
     """Every field is a flag; the defaults are --preset 1.4B."""
-    # What a run is: the same when it is resumed.
+    # What a run is: a resumed run must agree in all fields from here to preset.
     vocab_size: int = HfArg(default=50304, help="GPT-2's 50,257 ids, padded to a multiple of 64")
     context_length: int = HfArg(default=1024, help="tokens per window")
     emb_dim: int = HfArg(default=2048, help="width")
@@ -398,7 +398,11 @@ def build_model(config, weights, device):
     torch.manual_seed(config.seed)
     with device:
         model = common.GPTModel(vars(config))
-    model.load_state_dict(weights or model.state_dict())
+    if weights is not None:
+        try:
+            model.load_state_dict(weights)
+        except RuntimeError as problem:  # names or shapes that do not fit
+            raise ValueError(f"--init_from={config.init_from}: {problem}") from None
     model.gradient_checkpointing = config.gradient_checkpointing == "on"
     model.loss_chunks = config.loss_chunks
     groups = [{"params": [p for p in model.parameters() if p.dim() >= 2]},
