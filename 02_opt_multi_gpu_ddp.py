@@ -192,7 +192,7 @@ def resolve_precision(precision, device):
     return precision if precision != "auto" else "bf16" if bf16 else "fp32"
 # End of copied block: resolve_precision
 
-# Copied between scripts: ranks
+# Copied between scripts: on_rank_0
 def on_rank_0(action, *arguments):
     """Run action on rank 0 while the others wait. All return its result, or raise its error: a
     missing file ends every process at once and leaves none waiting."""
@@ -208,7 +208,9 @@ def on_rank_0(action, *arguments):
     if problem:
         raise ValueError(problem)
     return result
+# End of copied block: on_rank_0
 
+# Copied between scripts: sum_over_ranks
 def sum_over_ranks(device, *values):
     """Numbers, or tensors of one number, each added up over all ranks; every rank gets the sums."""
     totals = [float(value) for value in values]
@@ -216,9 +218,9 @@ def sum_over_ranks(device, *values):
         totals = torch.tensor(totals, dtype=torch.float64, device=device)
         dist.all_reduce(totals)
     return list(map(float, totals))
-# End of copied block: ranks
+# End of copied block: sum_over_ranks
 
-# Copied between scripts: files
+# Copied between scripts: atomic_file
 @contextmanager
 def atomic_file(path, mode="wb", previous=None):
     """Open a file that gets its name only when it is whole and on disk, never half of it. What had
@@ -230,7 +232,9 @@ def atomic_file(path, mode="wb", previous=None):
     if previous and path.exists():
         os.replace(path, previous)
     os.replace(f"{path}.unfinished", path)
+# End of copied block: atomic_file
 
+# Copied between scripts: claim_output_dir
 def claim_output_dir(output_dir, lock, may_exist):
     """Lock output_dir until this process ends, however it ends; refuse to overwrite a result."""
     try:
@@ -240,7 +244,9 @@ def claim_output_dir(output_dir, lock, may_exist):
     found = [*output_dir.glob("checkpoint*.pt"), *output_dir.glob("final_model")]
     if found and not may_exist:
         raise ValueError(f"{found[0]} exists: --resume goes on with it, --overwrite replaces it")
+# End of copied block: claim_output_dir
 
+# Copied between scripts: load_checkpoint
 def load_checkpoint(*paths):
     """The first of the files that is a whole checkpoint, None where there is no file; ValueError if
     all are damaged. The zip file's checksums are compared, which torch.load alone does not do."""
@@ -253,7 +259,7 @@ def load_checkpoint(*paths):
             print(f"{path} is damaged and not used: {type(problem).__name__}", file=sys.stderr)
     if paths:
         raise ValueError(f"{paths[0]} cannot be read; --overwrite starts afresh")
-# End of copied block: files
+# End of copied block: load_checkpoint
 
 # Copied between scripts: MetricsLog
 class MetricsLog:
