@@ -399,6 +399,18 @@ def plan_memory(config, world_size, device):
 
 # --- Step 4. What the training loop calls -------------------------------------------------------
 
+def initial_weights(config):
+    """The weights that --init_from names, or None, and the config with the sizes that they fix."""
+    if not config.init_from:
+        return None, config
+    try:
+        weights, sizes = common.load_weights(config.init_from)
+    except (OSError, ValueError) as problem:
+        raise ValueError(f"--init_from={config.init_from}: {problem}") from None
+    except Exception:  # torch.load raises many kinds
+        raise ValueError(f"--init_from={config.init_from} is no state dict") from None
+    return weights, replace(config, **sizes)
+
 def build_model(config, weights, device):
     """The model, the same on every rank, and its AdamW, which decays only matrices, as for GPT-2.
     Sharded, each rank keeps a part of AdamW's state (Rajbhandari et al. 2020, ZeRO stage 1)."""
@@ -420,6 +432,16 @@ def build_model(config, weights, device):
         from torch.distributed.optim import ZeroRedundancyOptimizer  # 0.7 s to import
         return model, ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **settings)
     return model, torch.optim.AdamW(groups, **settings)
+
+def restore(checkpoint, identity, model, optimizer, scaler, device):
+    """Put back what a checkpoint holds. Raises ValueError with the values of another run's."""
+    if other := dict(checkpoint["identity"].items() - identity.items()):
+        raise ValueError(f"checkpoint.pt is of a run with {other}: take these, or --overwrite")
+    model.load_state_dict(checkpoint["model"])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    for adam in getattr(optimizer, "optim", optimizer).state.values():
+        adam["step"] = adam["step"].to(device)  # sharded, it stays on the CPU (pytorch#124133)
+    scaler.load_state_dict(checkpoint["scaler"])
 
 @torch.no_grad()
 def evaluate(model, windows, batch_size, rank, world_size, device, autocast):
@@ -494,15 +516,7 @@ def train(config):
     lock = filelock.FileLock(output_dir / ".lock")  # rank 0 holds it as long as this name lives
     if not config.dry_run:
         on_rank_0(claim_output_dir, output_dir, lock, resume or config.overwrite)
-    weights = None
-    if config.init_from:
-        try:
-            weights, sizes = common.load_weights(config.init_from)
-        except (OSError, ValueError) as problem:
-            raise ValueError(f"--init_from={config.init_from}: {problem}") from None
-        except Exception:  # torch.load raises many kinds
-            raise ValueError(f"--init_from={config.init_from} is no state dict") from None
-        config = replace(config, **sizes)
+    weights, config = initial_weights(config)
 
     token_file = on_rank_0(prepare_tokens, config, output_dir)
     global_batch_size = config.batch_size * config.gradient_accumulation_steps * world_size
@@ -528,13 +542,7 @@ def train(config):
     paths = output_dir / "checkpoint.pt", output_dir / "checkpoint.previous.pt"
     checkpoint = load_checkpoint(*paths) if resume else None
     if checkpoint:
-        if other := dict(checkpoint["identity"].items() - identity.items()):
-            raise ValueError(f"{paths[0]} is of a run with {other}: take these, or --overwrite")
-        model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        for adam in getattr(optimizer, "optim", optimizer).state.values():
-            adam["step"] = adam["step"].to(device)  # sharded, it stays on the CPU (pytorch#124133)
-        scaler.load_state_dict(checkpoint["scaler"])
+        restore(checkpoint, identity, model, optimizer, scaler, device)
         start_step, highest_lr = checkpoint["step"], checkpoint["highest_lr"]
         val_loss = checkpoint["val_loss"]
     if sum_over_ranks(device, start_step)[0] != start_step * world_size:
