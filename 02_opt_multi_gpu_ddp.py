@@ -234,6 +234,18 @@ def atomic_file(path, mode="wb", previous=None):
     os.replace(f"{path}.unfinished", path)
 # End of copied block: atomic_file
 
+# Copied between scripts: atomic_folder
+@contextmanager
+def atomic_folder(path):
+    """A new, empty folder that gets its name, and replaces what has it, only when it is filled."""
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir()
+    yield unfinished
+    shutil.rmtree(path, ignore_errors=True)
+    unfinished.rename(path)
+# End of copied block: atomic_folder
+
 # Copied between scripts: claim_output_dir
 def claim_output_dir(output_dir, lock, may_exist):
     """Lock output_dir until this process ends, however it ends; refuse to overwrite a result."""
@@ -260,6 +272,57 @@ def load_checkpoint(*paths):
     if paths:
         raise ValueError(f"{paths[0]} cannot be read; --overwrite starts afresh")
 # End of copied block: load_checkpoint
+
+# Copied between scripts: save_checkpoint
+def save_checkpoint(output_dir, progress, identity, **parts):
+    """Write checkpoint.pt and keep the one before: how far the run is ({"step": ...}), its identity
+    (what a run that goes on must agree in), and the states of its parts (model, optimizer, ...)."""
+    states = {name: part.state_dict() for name, part in parts.items()}
+    previous = output_dir / "checkpoint.previous.pt"
+    with atomic_file(output_dir / "checkpoint.pt", previous=previous) as file:
+        torch.save({"progress": progress, "identity": identity} | states, file)
+# End of copied block: save_checkpoint
+
+# Copied between scripts: restore
+def restore(output_dir, resume, identity, device, **parts):
+    """Put the last checkpoint into the parts and return its progress. Where there is none, or none
+    is wanted, remove what an earlier run left and return None. ValueError for another run's."""
+    paths = output_dir / "checkpoint.pt", output_dir / "checkpoint.previous.pt"
+    checkpoint = load_checkpoint(*paths) if resume else None
+    step = checkpoint["progress"]["step"] if checkpoint else 0
+    if checkpoint and (other := dict(checkpoint["identity"].items() - identity.items())):
+        raise ValueError(f"checkpoint.pt is of a run with {other}: take these, or --overwrite")
+    ranks, steps = sum_over_ranks(device, 1, step)
+    if steps != ranks * step:
+        raise ValueError(f"the processes read different checkpoints: is {output_dir} shared?")
+    for name, part in parts.items() if checkpoint else ():
+        part.load_state_dict(checkpoint[name])
+    if int(os.environ.get("RANK", 0)) == 0:
+        for path in () if resume else (*paths, output_dir / "final_model", output_dir / "runs"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        if resume:
+            print(f"resumed from step {step} of {output_dir}", flush=True)
+    return checkpoint and checkpoint["progress"]
+# End of copied block: restore
+
+# Copied between scripts: catch_stop_signals
+def catch_stop_signals():
+    """A list that grows when a signal asks this process to stop: SIGTERM and SIGUSR1 come from
+    Slurm and spot machines, SIGINT from Ctrl-C."""
+    received = []
+    for name in {"SIGTERM", "SIGUSR1", "SIGINT"} & set(dir(signal)):
+        signal.signal(getattr(signal, name), lambda number, frame: received.append(number))
+    return received
+# End of copied block: catch_stop_signals
+
+# Copied between scripts: leave_group
+def leave_group():
+    """End together: rank 0 may still be writing."""
+    if dist.is_initialized():
+        dist.barrier()
+        time.sleep(0.3)  # a gloo process that ends within milliseconds of a backward() can abort
+        dist.destroy_process_group()
+# End of copied block: leave_group
 
 # Copied between scripts: MetricsLog
 class MetricsLog:
@@ -292,6 +355,35 @@ def learning_rate_at(step, total_steps, highest, warmup_steps, min_lr_ratio):
     progress = (step - warmup_steps) / (total_steps - warmup_steps)
     return highest * (min_lr_ratio + (1 - min_lr_ratio) * (1 + math.cos(math.pi * progress)) / 2)
 # End of copied block: learning_rate_at
+
+# Copied between scripts: gpu_metrics
+def gpu_metrics(device, world_size):
+    """Peak memory of this rank, and the utilization of every rank's GPU in %, if NVML tells it. No
+    more on a CPU, where peaks are not counted."""
+    if device.type != "cuda":
+        return {}
+    utilization = [None] * world_size
+    with suppress(Exception):  # no nvidia-ml-py, or no answer: no reason to end a training
+        utilization[0] = torch.cuda.utilization(device)
+    if world_size > 1:
+        dist.all_gather_object(utilization, utilization[0])
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    return {"peak_memory_gib": peak, "gpu_utilization": utilization}
+# End of copied block: gpu_metrics
+
+# Copied between scripts: plot_metrics
+def plot_metrics(output_dir, keys, ylabel):
+    """Axes with these keys of metrics.jsonl over the steps, also those before a resume."""
+    records = [json.loads(line) for line in (output_dir / "metrics.jsonl").open()]
+    axes = Figure(figsize=(8, 4.5), layout="constrained").subplots()
+    for key in keys:
+        points = [(metrics["step"], metrics[key]) for metrics in records if key in metrics]
+        style = "o-" if key.startswith("val_") else "-"
+        axes.plot(*np.reshape(points, (-1, 2)).T, style, label=key)
+    axes.set(xlabel="optimizer step", ylabel=ylabel)
+    axes.legend()
+    return axes
+# End of copied block: plot_metrics
 
 # --- Step 1. The text becomes one file of token ids, which every rank maps into memory ----------
 
@@ -433,16 +525,6 @@ def build_model(config, weights, device):
         return model, ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **settings)
     return model, torch.optim.AdamW(groups, **settings)
 
-def restore(checkpoint, identity, model, optimizer, scaler, device):
-    """Put back what a checkpoint holds. Raises ValueError with the values of another run's."""
-    if other := dict(checkpoint["identity"].items() - identity.items()):
-        raise ValueError(f"checkpoint.pt is of a run with {other}: take these, or --overwrite")
-    model.load_state_dict(checkpoint["model"])
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    for adam in getattr(optimizer, "optim", optimizer).state.values():
-        adam["step"] = adam["step"].to(device)  # sharded, it stays on the CPU (pytorch#124133)
-    scaler.load_state_dict(checkpoint["scaler"])
-
 @torch.no_grad()
 def evaluate(model, windows, batch_size, rank, world_size, device, autocast):
     """Mean loss in nats per token over every window once: the same for any number of ranks."""
@@ -464,42 +546,26 @@ def sample(model, config, step, device):
     ids = common.generate(model, prompt, 100, 0.8, top_k=50, n_vocab=encoding.n_vocab, rng=rng)
     return repr(encoding.decode(ids[0].tolist()))
 
-def gpu_metrics(config, device, world_size, tokens_per_second):
-    """Peak memory of this rank; utilization of every rank's GPU in %, if NVML tells it; MFU: 6 FLOP
-    per token and weight, 12 L D T for attention (PaLM, arXiv:2204.02311, appendix B)."""
+def model_flops_utilization(config, world_size, tokens_per_second):
+    """{"mfu": share of the GPUs' peak}, or {} for an unknown GPU: 6 FLOP per token and weight, and
+    12 L D T for attention (PaLM, arXiv:2204.02311, appendix B)."""
+    peak = PEAK_FLOPS.get(torch.cuda.get_device_name())
     D, L, V, T = config.emb_dim, config.n_layers, config.vocab_size, config.context_length
-    utilization = [None] * world_size
-    with suppress(Exception):  # no nvidia-ml-py, or no answer: no reason to end a training
-        utilization[0] = torch.cuda.utilization(device)
-    if world_size > 1:
-        dist.all_gather_object(utilization, utilization[0])
-    metrics = {"peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30}
-    if peak := PEAK_FLOPS.get(torch.cuda.get_device_name()):
-        flops = tokens_per_second * (6 * (12 * L * D * D + V * D) + 12 * L * D * T)
-        metrics["mfu"] = flops / (peak * world_size)
-    return metrics | {"gpu_utilization": utilization}
+    flops = tokens_per_second * (6 * (12 * L * D * D + V * D) + 12 * L * D * T)
+    return {"mfu": flops / (peak * world_size)} if peak else {}
 
 def finish(model, config, output_dir, tokens_per_step):
     """Rank 0's last duty: the plots, and final_model/, complete or not there at all."""
-    records = [json.loads(line) for line in (output_dir / "metrics.jsonl").open()]
-    axes = Figure(figsize=(8, 4.5), layout="constrained").subplots()
-    for key, style in (("train_loss", "-"), ("val_loss", "o-")):
-        points = [(metrics["step"], metrics[key]) for metrics in records if key in metrics]
-        axes.plot(*np.reshape(points, (-1, 2)).T, style, label=key)
+    axes = plot_metrics(output_dir, ["train_loss", "val_loss"], "loss (nats per token)")
     guess = f"guessing: ln {config.vocab_size:,}"
     axes.axhline(math.log(config.vocab_size), color="gray", linestyle=":", label=guess)
-    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)")
     tokens = lambda steps: steps * tokens_per_step, lambda tokens: tokens / tokens_per_step
     axes.secondary_xaxis("top", tokens).set_xlabel("tokens seen")
     axes.legend()
     axes.figure.savefig(output_dir / "loss.pdf")
     axes.figure.savefig(output_dir / "loss.png", dpi=150)
-    unfinished, final = output_dir / "final_model.unfinished", output_dir / "final_model"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
-    common.save_hugging_face(model, common.load_encoding(config.tokenizer), unfinished)
-    shutil.rmtree(final, ignore_errors=True)
-    unfinished.rename(final)
+    with atomic_folder(output_dir / "final_model") as folder:
+        common.save_hugging_face(model, common.load_encoding(config.tokenizer), folder)
 
 # --- Step 5. Training ---------------------------------------------------------------------------
 
@@ -536,24 +602,16 @@ def train(config):
     model, optimizer = build_model(config, weights, device)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     scale = {"linear": world_size, "sqrt": math.sqrt(world_size), "none": 1}[config.lr_scaling]
-    highest_lr, start_step, val_loss = config.learning_rate * scale, 0, math.nan
+    progress = {"step": 0, "highest_lr": config.learning_rate * scale, "val_loss": math.nan}
     identity = dict(itertools.takewhile(lambda item: item[0] != "preset", asdict(config).items()))
     identity |= {"text": token_file.name, "global batch": global_batch_size}
-    paths = output_dir / "checkpoint.pt", output_dir / "checkpoint.previous.pt"
-    checkpoint = load_checkpoint(*paths) if resume else None
-    if checkpoint:
-        restore(checkpoint, identity, model, optimizer, scaler, device)
-        start_step, highest_lr = checkpoint["step"], checkpoint["highest_lr"]
-        val_loss = checkpoint["val_loss"]
-    if sum_over_ranks(device, start_step)[0] != start_step * world_size:
-        raise ValueError(f"the processes read different checkpoints: is {output_dir} shared?")
-    fresh = checkpoint is None
-    del checkpoint, weights  # several GiB
-    if is_main and resume:
-        print(f"resumed from step {start_step} of {total_steps}", flush=True)
-    elif is_main:
-        for path in (*paths, output_dir / "final_model", output_dir / "runs"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    restored = restore(output_dir, resume, identity, device, model=model, optimizer=optimizer,
+                       scaler=scaler)
+    for adam in getattr(optimizer, "optim", optimizer).state.values():
+        adam["step"] = adam["step"].to(device)  # sharded, it stays on the CPU (pytorch#124133)
+    fresh, progress = restored is None, restored or progress
+    start_step, highest_lr, val_loss = progress.values()
+    del weights  # several GiB
     finished = not fresh and start_step >= total_steps and (output_dir / "final_model").exists()
     if is_main and not finished:
         log = MetricsLog(output_dir, -1 if fresh else start_step)
@@ -576,9 +634,7 @@ def train(config):
         val_loss = evaluation()
     if fresh and is_main:
         log.write({"step": 0, "epoch": 0.0, "tokens_seen": 0, "val_loss": val_loss})
-    stop_signals = []  # SIGTERM and SIGUSR1 come from Slurm and spot machines, SIGINT from Ctrl-C
-    for name in {"SIGTERM", "SIGUSR1", "SIGINT"} & set(dir(signal)):
-        signal.signal(getattr(signal, name), lambda number, frame: stop_signals.append(number))
+    stop_signals = catch_stop_signals()
     began, saved_step, stop = time.perf_counter(), start_step, 0
     loss_sum, loss_steps, seconds, timed_steps = 0.0, 0, 0.0, 0
 
@@ -631,7 +687,8 @@ def train(config):
             if timed_steps:
                 metrics["tokens_per_second"] = speed = timed_steps * tokens_per_step / seconds
                 if on_gpu:
-                    metrics |= gpu_metrics(config, device, world_size, speed)
+                    metrics |= model_flops_utilization(config, world_size, speed)
+            metrics |= gpu_metrics(device, world_size)
             if evaluate_now:
                 metrics["val_loss"] = val_loss = evaluation()
             loss_sum, loss_steps, seconds, timed_steps = 0.0, 0, 0.0, 0
@@ -643,11 +700,9 @@ def train(config):
             if config.shard_optimizer == "on":
                 optimizer.consolidate_state_dict(to=0)
             if is_main:
-                with atomic_file(paths[0], previous=paths[1]) as file:
-                    torch.save({"step": step, "highest_lr": highest_lr, "val_loss": val_loss,
-                                "identity": identity, "model": model.state_dict(),
-                                "optimizer": optimizer.state_dict(),
-                                "scaler": scaler.state_dict()}, file)
+                progress = {"step": step, "highest_lr": highest_lr, "val_loss": val_loss}
+                save_checkpoint(output_dir, progress, identity, model=model, optimizer=optimizer,
+                                scaler=scaler)
             saved_step = step
         if stop:
             break
@@ -663,10 +718,7 @@ def train(config):
                "loss.png, loss.pdf, metrics.jsonl, runs")
     if is_main:
         print(end, flush=True)
-    if world_size > 1:
-        dist.barrier()
-        time.sleep(0.3)  # a gloo process that ends within milliseconds of a backward() can abort
-        dist.destroy_process_group()
+    leave_group()
     return 143 if stop else 0
 
 @record

@@ -220,7 +220,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_spoils_the_checkpoint
     folder = new_folder(tmp_path / "run")
     assert re.match(r"error: step 7: .*nan.* step 5\b", train_here(folder))
     checkpoint = torch.load(folder / "gpt_output/checkpoint.pt", weights_only=True)
-    assert checkpoint["step"] == 5
+    assert checkpoint["progress"]["step"] == 5
     assert all(weight.isfinite().all() for weight in checkpoint["model"].values())
 
 # --- Outputs --------------------------------------------------------------------------------------
