@@ -179,12 +179,12 @@ def save_hugging_face(model, encoding, folder):
     cfg, end, token = model.cfg, encoding.eot_token, encoding.decode([encoding.eot_token])
     weights = rename_weights({k: w.cpu() for k, w in model.state_dict().items()}, HF_NAMES)
     for i in range(cfg["n_layers"]):  # GPT-2 always has this bias
-        no_bias = torch.zeros(3 * cfg["emb_dim"])
-        weights.setdefault(f"transformer.h.{i}.attn.c_attn.bias", no_bias)
+        weights.setdefault(f"transformer.h.{i}.attn.c_attn.bias", torch.zeros(3 * cfg["emb_dim"]))
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     config = GPT2Config(
         vocab_size=cfg["vocab_size"], n_positions=cfg["context_length"], n_embd=cfg["emb_dim"],
         n_layer=cfg["n_layers"], n_head=cfg["n_heads"], tie_word_embeddings=False, dtype="float32",
+        embd_pdrop=cfg["drop_rate"], attn_pdrop=cfg["drop_rate"], resid_pdrop=cfg["drop_rate"],
         architectures=["GPT2LMHeadModel"], bos_token_id=end, eos_token_id=end)
     unused = list(range(encoding.n_vocab, cfg["vocab_size"])) or None  # ids without a token
     generation = GenerationConfig(do_sample=True, suppress_tokens=unused, bos_token_id=end,
