@@ -55,7 +55,7 @@ import common
 PRESETS = {
     "gpu": dict(mixed_precision="bf16"),  # and the defaults of Config
     "cpu": dict(train_batch_size=32, n_transit=200, max_steps=1200, warmup_steps=100, log_every=20,
-                eval_every=200, save_every=200)}
+                eval_every=400, save_every=200)}
 PRESETS["auto"] = PRESETS["gpu" if torch.cuda.is_available() else "cpu"]
 # Dark Room: a state is x * 9 + y, an outcome is action + 5 * reward. Walls stop a move.
 SIZE, HORIZON, N_ACTIONS = 9, 20, 5
@@ -104,7 +104,7 @@ class Config:
     gradient_accumulation_steps: int = HfArg(default=1, help="micro-batches per optimizer step")
     max_steps: int = HfArg(default=50000, help="optimizer steps; 0 = only evaluate")
     n_episodes: int = HfArg(default=60, help="episodes of a rollout")
-    n_rollouts: int = HfArg(default=4, help="rollouts per goal")
+    n_rollouts: int = HfArg(default=4, help="rollouts per goal, twice as many to choose weights")
     temperature: float = HfArg(default=0.7, help="of the actions in rollouts")
     device: Literal["auto", "cpu", "cuda", "mps"] = HfArg(default="auto", help="where to compute")
     backend: Literal["auto", "nccl", "gloo"] = HfArg(default="auto", help="auto: nccl on GPUs")
@@ -526,10 +526,10 @@ def play(model, pairs, config, device):
         states[:, t + 1] = CENTRE if (t + 1) % HORIZON == 0 else state
     return reached[:, :-1].unflatten(1, (config.n_episodes, HORIZON))
 
-def roll_out(model, goals, config, rank, world_size, device):
+def roll_out(model, goals, n_rollouts, config, rank, world_size, device):
     """Every rank plays its share of the rollouts; the sum over ranks puts the table together.
     Returns (goals, rollouts, episodes, 20): the states that the actions led to."""
-    pairs = list(itertools.product(goals, range(config.n_rollouts)))
+    pairs = list(itertools.product(goals, range(n_rollouts)))
     reached = torch.zeros(len(pairs), config.n_episodes, HORIZON, dtype=torch.long, device=device)
     mine = range(rank, len(pairs), world_size)
     model.eval()
@@ -539,7 +539,7 @@ def roll_out(model, goals, config, rank, world_size, device):
     model.train()
     if world_size > 1:
         dist.all_reduce(reached)
-    return reached.cpu().unflatten(0, (len(goals), config.n_rollouts))
+    return reached.cpu().unflatten(0, (len(goals), n_rollouts))
 
 # --- Step 5. Results and pictures -----------------------------------------------------------------
 
@@ -569,7 +569,7 @@ def draw_returns(results, source_curve, records, path):
     for key, color in (("optimum", "k"), ("source_last10", "C2"), ("random", "C7")):
         left.axhline(results[key], color=color, ls=":", label=f"{key}: {results[key]:.2f}")
     left.set(xlabel="episode, with fixed weights", ylabel="return per episode", ylim=(0, 20))
-    left.legend(loc="center right")
+    left.legend(loc="lower right")
     for axes, key, style in ((right, "val_return", "C0o-"), (right.twinx(), "train_loss", "C3-")):
         points = [(metrics["step"], metrics[key]) for metrics in records if key in metrics]
         axes.plot(*np.reshape(points, (-1, 2)).T, style)
@@ -737,7 +737,9 @@ def distill_algorithm(config):
                 metrics["tokens_per_second"] = timed_steps * tokens_per_step / seconds
             metrics |= gpu_metrics(device, world_size)
             if evaluate_now:
-                result = summarise("validation", val_goals, roll_outs(val_goals), source_returns)
+                # Twice the rollouts: what is chosen by a noisy number is chosen for its noise.
+                reached = roll_outs(val_goals, 2 * config.n_rollouts)
+                result = summarise("validation", val_goals, reached, source_returns)
                 metrics["val_return"] = val_return = result["last10"]
                 if val_return > best["val_return"]:
                     best = {"step": step, "val_return": val_return,
@@ -760,7 +762,8 @@ def distill_algorithm(config):
     else:
         model.load_state_dict(best["model"])
         goals = [*test_goals, *train_goals[: len(test_goals)]]
-        held_out = on_rank_0(export_results, config, best, goals, roll_outs(goals), source_returns)
+        reached = roll_outs(goals, config.n_rollouts)
+        held_out = on_rank_0(export_results, config, best, goals, reached, source_returns)
         minutes = (time.perf_counter() - began) / 60
         end = (f"done: return {held_out['last10']:.2f} on {len(test_goals)} unseen goals, worst "
                f"{held_out['worst_goal']:.2f}, in {minutes:.1f} min; {output_dir} has final_model, "

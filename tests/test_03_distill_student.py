@@ -82,6 +82,7 @@ def test_two_processes_that_the_script_starts_itself_learn_the_same(kit, whole, 
     run = run_script(tmp_path, NAME, *flags(kit, num_processes=2, teacher_model=kit / "teacher",
                                             **split(2, 4, **SHORT)))
     assert "2 rows x 4 micro-batches x 2 processes = 16 rows a step; 4 steps per" in run.stdout
+    assert "--max_length 512 is lowered to the model's 96 positions" in run.stdout
     assert_same(tmp_path, whole)
     own, expected = (read_metrics(folder)[-1] for folder in (tmp_path, whole))
     assert own.keys() == expected.keys() >= {

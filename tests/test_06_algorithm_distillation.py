@@ -294,7 +294,8 @@ def test_rollouts_are_those_of_the_model_without_a_cache(lesson, config):
     """Every step of a rollout from its whole window: of 2 episodes, the older is dropped."""
     torch.manual_seed(0)
     model, goal = lesson.HistoryModel(config).eval(), 41
-    reached = lesson.roll_out(model, [12, goal], config, 0, 1, torch.device("cpu"))
+    device = torch.device("cpu")
+    reached = lesson.roll_out(model, [12, goal], config.n_rollouts, config, 0, 1, device)
     assert reached.shape == (2, 2, 4, 20)
     arrived, chance = reached[1, 1].flatten(), np.random.default_rng([0, goal, 1]).random(80, "f4")
     states = [40 if t % 20 == 0 else arrived[t - 1].item() for t in range(80)]
