@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Literal
 
 import filelock
+import jinja2
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -97,8 +98,8 @@ class Config:
         for field in fields(self):
             name, value = field.name, getattr(self, field.name)
             low, high = (min(field.default, 1), math.inf) if field.type is int else (0, 1)
-            low, high = {"max_grad_norm": (0, 1e9), "temperature": (0.01, 100)}.get(
-                name, (low, high))
+            low, high = {"max_grad_norm": (0, 1e9), "temperature": (0.01, 100),
+                         "warmup_steps": (0, math.inf)}.get(name, (low, high))
             if field.type in (int, float) and not low <= value <= high:
                 raise ValueError(f"--{name}={value} must lie between {low} and {high}")
         if not self.dataset_path:
@@ -377,6 +378,8 @@ def read_conversations(path):
     Raises ValueError with the first bad line and their number."""
     conversations, ids, problems = [], set(), []
     for number, line in enumerate(open(path, "rb"), start=1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
             messages = row["messages"] if "messages" in row else [
@@ -384,9 +387,10 @@ def read_conversations(path):
                 {"role": "assistant", "content": row["response"]}]
             if len(messages) < 2 or messages[-1]["role"] != "assistant":
                 raise ValueError("the last of two messages or more must be the assistant's")
-            if not all(message["content"].strip() for message in messages):
-                raise ValueError("a prompt or response is empty")
-            if (row_id := row.get("id", number)) in ids:
+            if not all(isinstance(message["content"], str) and message["content"].strip().encode()
+                       for message in messages):
+                raise ValueError("a message is empty, or no text")
+            if (row_id := row.get("id", f"of line {number}")) in ids:
                 raise ValueError(f"the id {row_id} came before")
             ids.add(row_id)
             conversations.append(messages)
@@ -404,13 +408,16 @@ def encode(conversations, tokenizer, max_length):
     ends with one end token and is cut to max_length, None where the prompt alone is as long. The
     two are tokenised apart, so that training sees the ids from which an answer will start."""
     prompts, responses, encoded, end = [], [], [], tokenizer.eos_token_id
-    for messages in conversations:
-        prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False,
-                                               add_generation_prompt=True)
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
+    for number, messages in enumerate(conversations, start=1):
+        try:
+            prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False,
+                                                   add_generation_prompt=True)
+            text = tokenizer.apply_chat_template(messages, tokenize=False)
+        except jinja2.TemplateError as problem:
+            raise ValueError(f"row {number}: the chat template refuses it: {problem}") from None
         if not text.startswith(prompt):
-            raise ValueError("the chat template renders a prompt in another way once it is "
-                             f"answered, so the answer cannot be told apart: {prompt[-80:]!r}")
+            raise ValueError(f"row {number}: the chat template renders a prompt in another way once"
+                             f" it is answered, so the answer cannot be told apart: {prompt!r:.80}")
         prompts.append(prompt)
         responses.append(text[len(prompt):])
     ids = (tokenizer(texts, add_special_tokens=False).input_ids for texts in (prompts, responses))
@@ -436,13 +443,13 @@ def collate(rows):
 def split_rows(encoded, val_fraction, seed):
     """Returns (training rows, held-out rows) of those that are not None; with val_fraction 0 all
     rows are both. The held-out rows are the same for any number of processes."""
-    rows = [row for row in encoded if row]
+    rows = [*filter(None, encoded)]
     order = np.random.default_rng(seed).permutation(len(rows))
     n_val = math.ceil(len(rows) * val_fraction)
     if n_val >= len(rows):
         raise ValueError(f"{len(rows)} of {len(encoded)} rows fit into --max_length, which leaves "
-                         "none for training: raise it, or lower --val_fraction")
-    train_rows, val_rows = ([rows[i] for i in part] for part in (order[n_val:], order[:n_val]))
+                         "none for training: take more rows, raise it, or lower --val_fraction")
+    val_rows, train_rows = ([rows[i] for i in part] for part in np.split(order, [n_val]))
     return train_rows, val_rows or train_rows
 
 def epoch_batches(lengths, batch, seed, epoch):
@@ -467,12 +474,14 @@ def load_model(flag, name, dtype, device):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype,
                                                                   use_safetensors=True)
-    except (OSError, ValueError) as problem:
+    except Exception as problem:  # a damaged file can raise anything
         raise ValueError(f"--{flag}={name} cannot be loaded; name a folder with a model and its "
                          f"tokenizer, or a hub name while online: {str(problem)[:200]}") from None
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings or not tokenizer.eos_token:
-        raise ValueError(f"--{flag}={name}: its tokenizer has {len(tokenizer)} tokens, the end "
-                         f"token {tokenizer.eos_token}: more tokens than the model, or no end")
+    special, known = len(tokenizer.all_special_tokens), model.get_input_embeddings().num_embeddings
+    if not special < len(tokenizer) <= known or not tokenizer.eos_token:
+        raise ValueError(f"--{flag}={name}: its tokenizer has {len(tokenizer)} tokens, the model "
+                         f"{known}, the end token is {tokenizer.eos_token}: do the files belong "
+                         "together, tokenizer.json included?")
     return model.to(device), tokenizer
 
 def distillation_loss(logits, targets, teacher_logits=None, kd_loss="forward_kl", temperature=1.0,
@@ -522,9 +531,11 @@ def answer(model, tokenizer, rows, config, rank, world_size, device, autocast):
     list of {"prompt", "response", "answer", "stopped", "exact"}, the same on every rank."""
     model.eval()
     longest, end = max(len(ids) - n_prompt for ids, n_prompt in rows), tokenizer.eos_token_id
+    room = lambda i: min(longest, config.max_length - rows[i][1])  # of a row, not of its batch
     own, answers = sorted(range(rank, len(rows), world_size), key=lambda i: rows[i][1]), {}
-    for start in range(0, len(own), config.batch_size):
-        chosen = own[start : start + config.batch_size]
+    while own:
+        chosen = [i for i in own[: config.batch_size] if room(i) == room(own[0])]
+        own = own[len(chosen) :]
         prompts = [rows[i][0][: rows[i][1]].tolist() for i in chosen]
         width = max(map(len, prompts))  # padded on the left, so that all answers start at one place
         padded = [[end] * (width - len(ids)) + ids for ids in prompts]
@@ -533,7 +544,7 @@ def answer(model, tokenizer, rows, config, rank, world_size, device, autocast):
             generated = model.generate(
                 torch.tensor(padded, device=device), do_sample=False, pad_token_id=end,
                 attention_mask=torch.tensor(mask, device=device), eos_token_id=end,
-                max_new_tokens=min(longest, config.max_length - width))[:, width:].tolist()
+                max_new_tokens=room(chosen[0]), repetition_penalty=1.0)[:, width:].tolist()
         for i, prompt, new in zip(chosen, prompts, generated, strict=True):
             text, wanted = (
                 tokenizer.decode([*itertools.takewhile(lambda token: token != end, ids)]).strip()
@@ -556,8 +567,8 @@ def judge(model, tokenizer, rows, config, *place):
 
 def write_answers(path, answers):
     """All as JSONL into path; ten of them to the terminal."""
-    with atomic_file(path, "w") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in answers)
+    with atomic_file(path) as file:
+        file.writelines(f"{json.dumps(row, ensure_ascii=False)}\n".encode() for row in answers)
     for row in answers[:10]:
         print(f"  {row['prompt'][-80:]!r} -> {row['answer'][:80]!r}", flush=True)
 
@@ -567,6 +578,7 @@ def export_student(model, tokenizer, output_dir):
     axes = plot_metrics(output_dir, ["train_loss", "val_loss"], "loss (nats per response token)")
     axes.figure.savefig(output_dir / "loss.pdf")
     axes.figure.savefig(output_dir / "loss.png", dpi=150)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id  # where it has learned to stop
     with atomic_folder(output_dir / "final_model") as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -592,21 +604,21 @@ def distill(config):
     # would be rounded away, and a GradScaler refuses such gradients. Nobody updates the teacher.
     conversations = read_conversations(config.dataset_path)
     model, tokenizer = load_model("student_model", config.student_model, torch.float32, device)
-    positions = lambda model: getattr(model.config, "max_position_embeddings", config.max_length)
-    teacher, max_length = None, min(config.max_length, positions(model))
+    positions = lambda model: getattr(model.config, "max_position_embeddings", 0)
+    teacher, max_length = None, min(config.max_length, positions(model) or config.max_length)
     if config.teacher_model:
         teacher, vocabulary = load_model("teacher_model", config.teacher_model,
                                          torch.float32 if precision == "fp32" else half, device)
-        max_length = min(max_length, positions(teacher))
+        max_length = min(max_length, positions(teacher) or max_length)
         if vocabulary.get_vocab() != tokenizer.get_vocab():
             raise ValueError(f"--teacher_model={config.teacher_model} has another vocabulary than "
                              f"--student_model={config.student_model}: its distribution over tokens"
                              " cannot be learned; let it write text with 01_generate_data.py")
-    if tokenizer.chat_template is None:
-        tokenizer.chat_template = LAYOUT
+    if tokenizer.chat_template is None:  # some models begin every text with a token of their own
+        tokenizer.chat_template = ("{{ bos_token }}" if tokenizer("").input_ids else "") + LAYOUT
     if is_main and max_length < config.max_length:
         print(f"--max_length {config.max_length} is lowered to the model's {max_length} positions")
-    config = replace(config, max_length=max_length, precision=precision)
+    config = replace(config, max_length=max_length, precision=precision, fp16=precision == "fp16")
     encoded = encode(conversations, tokenizer, config.max_length)
     train_rows, val_rows = split_rows(encoded, config.val_fraction, config.seed)
     lengths, n_targets = zip(*((len(ids) - 1, len(ids) - n) for ids, n in train_rows), strict=True)
@@ -614,6 +626,10 @@ def distill(config):
     epoch_steps = math.ceil(len(train_rows) / global_batch_size)
     total_steps = config.max_steps if config.max_steps >= 0 else config.num_epochs * epoch_steps
 
+    for name in (config.student_model, config.teacher_model):
+        if output_dir.resolve() in Path(name).resolve().parents:
+            raise ValueError(f"{name} lies in --output_dir={output_dir}, which is written anew: "
+                             "take another --output_dir")
     output_dir.mkdir(parents=True, exist_ok=True)
     resume = config.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     lock = filelock.FileLock(output_dir / ".lock")  # rank 0 holds it as long as this name lives
@@ -661,8 +677,9 @@ def distill(config):
     if fresh:
         metrics, answers = judge(model, tokenizer, val_rows, config, *place)
         if is_main:
-            before = {f"before_{key}": x for key, x in metrics.items()} if total_steps == 0 else {}
+            before = {f"before_{key}": x for key, x in metrics.items()}
             log.write({"step": 0, "epoch": 0.0, "tokens_seen": 0} | metrics | before)
+            (output_dir / "answers_after.jsonl").unlink(missing_ok=True)
             write_answers(output_dir / "answers_before.jsonl", answers)
     stop_signals = catch_stop_signals()
     began, saved_step, stop = time.perf_counter(), start_step, 0
@@ -698,10 +715,10 @@ def distill(config):
             synchronise = micro_step == config.gradient_accumulation_steps - 1
             with nullcontext() if synchronise else no_sync():
                 with autocast():
-                    logits, teacher_logits = network(input_ids, use_cache=False).logits[keep], None
-                    if teacher:
-                        with torch.no_grad():
-                            teacher_logits = teacher(input_ids, use_cache=False).logits[keep]
+                    logits = network(input_ids, use_cache=False).logits[keep]
+                    with torch.no_grad():
+                        teacher_logits = teacher and teacher(
+                            input_ids, use_cache=False).logits[keep]
                 loss = distillation_loss(logits, targets[keep], teacher_logits, config.kd_loss,
                                          config.temperature, config.alpha)
                 scaler.scale(loss * (world_size / step_targets)).backward()
@@ -710,10 +727,13 @@ def distill(config):
         grad_norm = torch.nn.utils.clip_grad_norm_(
             model.parameters(), config.max_grad_norm or math.inf).item()
         step_loss, stop = sum_over_ranks(device, step_loss, len(stop_signals))
-        if precision != "fp16" and not math.isfinite(step_loss + grad_norm):
+        # In fp16 scaler.step() leaves out a step whose gradient overflows, and lowers the factor; a
+        # loss that is not finite comes from the forward pass, where no factor helps.
+        if not math.isfinite(step_loss + (0 if precision == "fp16" else grad_norm)):
             raise ValueError(f"step {step}: loss {step_loss / step_targets}, gradient norm "
-                             f"{grad_norm}; the last good checkpoint is of step {saved_step}")
-        scaler.step(optimizer)  # in fp16 this leaves out a step whose gradient is not finite
+                             f"{grad_norm}; the last good checkpoint is of step {saved_step}"
+                             + ("; take --precision bf16 or fp32" if precision == "fp16" else ""))
+        scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
         loss_sum, loss_targets = loss_sum + step_loss, loss_targets + step_targets
@@ -725,9 +745,9 @@ def distill(config):
         bar.update()
 
         last, epoch_ends = step == total_steps, position == epoch_steps - 1
-        if epoch_ends or last or stop:
+        if pause := epoch_ends or last or stop:
             bar.close()
-        save_now = epoch_ends or last or stop or step % config.save_every == 0
+        save_now = pause or step % config.save_every == 0
         if save_now or step % config.log_every == 0:
             metrics = {"step": step, "epoch": step / epoch_steps, "tokens_seen": tokens_seen,
                        "train_loss": loss_sum / loss_targets, "learning_rate": learning_rate,
@@ -743,11 +763,11 @@ def distill(config):
                 metrics["val_loss"] = response_loss(model, val_rows, config.batch_size, *place)
             if is_main:
                 if last:
-                    first_line = json.loads((output_dir / "metrics.jsonl").open().readline())
-                    metrics |= {f"before_{key}": first_line[key] for key in after}
+                    first = json.loads((output_dir / "metrics.jsonl").open().readline())
+                    metrics |= {key: x for key, x in first.items() if key.startswith("before_")}
                     write_answers(output_dir / "answers_after.jsonl", answers)
-                with tqdm.external_write_mode():
-                    log.write(metrics)
+                bar.clear()
+                log.write(metrics)
         if save_now:
             if is_main:
                 progress = {"step": step, "tokens_seen": tokens_seen}
@@ -764,7 +784,7 @@ def distill(config):
         result = on_rank_0(export_student, model, tokenizer, output_dir)
         minutes = (time.perf_counter() - began) / 60
         end = (f"done: {result} in {minutes:.1f} min; {output_dir} has final_model, loss.png, "
-               "answers_before.jsonl, answers_after.jsonl, loss.pdf, metrics.jsonl, runs")
+               "loss.pdf, answers_before.jsonl, answers_after.jsonl, metrics.jsonl, runs")
     if is_main:
         print(end, flush=True)
     leave_group()
@@ -784,10 +804,11 @@ def start_workers(world_size):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     logging.getLogger("torch.multiprocessing.spawn").setLevel("ERROR")  # the workers say it
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // world_size)))
     workers = mp.spawn(worker, (world_size, port), nprocs=world_size, join=False)
     for name in {"SIGTERM", "SIGUSR1"} & set(dir(signal)):
         signal.signal(getattr(signal, name), lambda number, frame: [
-            os.kill(process.pid, number) for process in workers.processes])
+            os.kill(process.pid, number) for process in workers.processes if process.is_alive()])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the workers by itself
     try:
         while not workers.join():
@@ -807,16 +828,21 @@ def main():
         world_size = config.num_processes
         if world_size == 0 and config.device in ("auto", "cuda"):
             world_size = torch.cuda.device_count()
-        launched = "RANK" in os.environ or int(os.environ.get("SLURM_NTASKS", 1)) > 1
+        launched = {"RANK", "ACCELERATE_MIXED_PRECISION"} & {*os.environ} or int(
+            os.environ.get("SLURM_NTASKS", 1)) > 1
         sys.exit(distill(config) if launched or world_size < 2 else start_workers(world_size))
     except (ValueError, OSError) as problem:
         message = " ".join(str(problem).split())
+    except KeyboardInterrupt:
+        message = "interrupted before the first step; nothing is lost"
     except torch.OutOfMemoryError:
         free, total = (size / 2**30 for size in torch.cuda.mem_get_info())
+        less = "--gradient_checkpointing"
+        if config.batch_size % 2 == 0:
+            less += (f" or --batch_size {config.batch_size // 2} "
+                     f"--gradient_accumulation_steps {config.gradient_accumulation_steps * 2}")
         message = (f"out of GPU memory, {total - free:.1f} of {total:.1f} GiB are taken; the same "
-                   f"global batch takes less with --batch_size {max(1, config.batch_size // 2)} "
-                   f"--gradient_accumulation_steps {config.gradient_accumulation_steps * 2}, or "
-                   "with --gradient_checkpointing")
+                   f"global batch takes less with {less}")
     sys.stderr.write(f"error: {message}\n")  # in one piece: other ranks write here too
     sys.exit(1)
 
