@@ -5,9 +5,9 @@ You learn   how a causal transformer, trained on the learning histories of an al
             every rank evaluates its share; why the loss does not show when this ability appears
 Run it      torchrun --nproc_per_node=2 06_algorithm_distillation.py --preset cpu    # no GPU needed
             torchrun --nproc_per_node=4 06_algorithm_distillation.py                 # 4 GPUs
-Expect      done: return 16.40 on 16 unseen goals, worst 13.57, in 14.7 min; ad_output has ...
-            (cpu, 1 thread beside other jobs, 446 CPU seconds in all, torch 2.13.0, 2026-11-21;
-            a random policy gets 0.23, the best possible 16.62)
+Expect      done: return 16.40 on 16 unseen goals, worst 13.57, in ... min; ad_output has ...
+            (cpu, one thread; 5 minutes with two on 2 quiet cores, torch 2.13.0, 2026-11-21; a
+            random policy gets 0.23, the best possible 16.62)
 Reads       nothing: the histories are made in seconds
 Writes      ad_output/{metrics.jsonl, runs/, checkpoint.pt, final_model/, results.json,
             in_context_return.png, paths.png, histories_*.pt}
