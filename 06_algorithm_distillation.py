@@ -102,6 +102,7 @@ class Config:
     train_batch_size: int = HfArg(default=512, help="windows per process and micro-batch")
     test_batch_size: int = HfArg(default=2048, help="rollouts per process at a time")
     gradient_accumulation_steps: int = HfArg(default=1, help="micro-batches per optimizer step")
+    num_workers: int = HfArg(default=0, help="taken, but not needed: a batch is one indexed read")
     max_steps: int = HfArg(default=50000, help="optimizer steps; 0 = only evaluate")
     n_episodes: int = HfArg(default=60, help="episodes of a rollout")
     n_rollouts: int = HfArg(default=4, help="rollouts per goal, twice as many to choose weights")
