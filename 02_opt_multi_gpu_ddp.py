@@ -131,8 +131,8 @@ def parse_config(config_class, presets):
         raise ValueError(f"{message}; --help lists the flags")
     parser.error = error
     path = parser.parse_known_args()[0].config
-    try:
-        from_file = yaml.safe_load(Path(path).read_text("utf-8")) if path else {}
+    try:  # BaseLoader keeps all values as text: "no" is a precision, and no False
+        from_file = yaml.load(Path(path).read_text("utf-8"), yaml.BaseLoader) if path else {}
     except (yaml.YAMLError, UnicodeDecodeError):
         from_file = None
     if not isinstance(from_file, dict):

@@ -117,8 +117,8 @@ def parse_config(config_class, presets):
         raise ValueError(f"{message}; --help lists the flags")
     parser.error = error
     path = parser.parse_known_args()[0].config
-    try:
-        from_file = yaml.safe_load(Path(path).read_text("utf-8")) if path else {}
+    try:  # BaseLoader keeps all values as text: "no" is a precision, and no False
+        from_file = yaml.load(Path(path).read_text("utf-8"), yaml.BaseLoader) if path else {}
     except (yaml.YAMLError, UnicodeDecodeError):
         from_file = None
     if not isinstance(from_file, dict):
@@ -288,7 +288,7 @@ def load_dataset(name, **files):
     except ConnectionError:
         cause = "no network, or the hub does not answer"
     except Exception as problem:  # ImportError too
-        cause = str(problem).splitlines()[0]
+        cause = str(problem).strip().partition("\n")[0]
     source = files.get("data_files") or f"--dataset={name}"
     raise ValueError(f"{source}: {cause}; JSONL needs no network: --train_file train.jsonl")
 
@@ -335,7 +335,8 @@ def read_pairs(config):
     splits, names = read_splits(config)
     data, notes, text, label = {}, [], config.text_column, config.label_column
     for split, (source, rows) in splits.items():  # what is found in train holds for all
-        row = next((row for row in rows.values() if row and None not in row.values()), {})
+        row = {column: x for row in rows.values() for column, x in (row or {}).items()
+               if x is not None}
         label = find_column(source, row, "label_column", label, LABEL_COLUMNS, int | str, int)
         row = {column: x for column, x in row.items() if column != label}
         text = find_column(source, row, "text_column", text, TEXT_COLUMNS, str, str)
@@ -360,7 +361,7 @@ def load_data(config):
     if {label for _, label in data.get("test", [])} == {-1}:
         del data["test"]  # some sets of the hub keep its labels secret
     if given := config.label_names:
-        given = Path(given).read_text("utf-8") if Path(given).is_file() else given
+        given = Path(given).read_text("utf-8") if os.path.isfile(given) else given
         is_list = given.lstrip().startswith("[")
         names = json.loads(given) if is_list else given.strip().replace("\n", ",").split(",")
     known = {label for _, label in data["train"]}
@@ -444,7 +445,7 @@ def load_classifier(config, names):
             config.model, dtype=torch.float32, id2label=dict(enumerate(names)),
             label2id={name: i for i, name in enumerate(names)}, ignore_mismatched_sizes=True)
     except Exception as problem:  # damaged files can raise anything
-        cause = str(problem).strip().splitlines()[0]
+        cause = str(problem).strip().partition("\n")[0]
         raise ValueError(f"--model={config.model}: {cause} A folder needs no network: --model "
                          "./gpt_output/final_model") from None
     # Decoders classify the last token that is no padding, and know padding by its id. GPT-2 and
@@ -617,6 +618,7 @@ def fine_tune(config):
     transformers.logging.set_verbosity_error()  # a new head is no news, nor is loading a file
     transformers.logging.disable_progress_bar()
     accelerator, output_dir = build_accelerator(config), Path(config.output_dir)
+    torch.set_float32_matmul_precision("high")  # TF32 on GPUs; on every rank, like every setting
     rank, world_size = accelerator.process_index, accelerator.num_processes
     is_main, device = rank == 0, accelerator.device
     accumulation = accelerator.gradient_accumulation_steps
@@ -655,7 +657,8 @@ def fine_tune(config):
               f"{total_steps} in all", sep="\n", flush=True)
 
     identity = dict(itertools.takewhile(lambda item: item[0] != "config", asdict(config).items()))
-    texts = hashlib.sha256(b"".join(row["input_ids"].tobytes() for row in data["train"]))
+    texts = hashlib.sha256(b"".join(
+        row["input_ids"].tobytes() + b"%d;" % row["labels"] for row in data["train"]))
     identity |= {"texts": texts.hexdigest(), "global batch": global_batch_size,
                  "precision": accelerator.mixed_precision}
     folder, progress = (on_rank_0(find_state, output_dir) if resume else None) or (None, {})
@@ -665,7 +668,8 @@ def fine_tune(config):
     # prepare() wraps the model in DDP, whose backward() averages gradients over the processes, and
     # a loader so that each process gets every world_size-th batch, on its device.
     model, optimizer = accelerator.prepare(model, build_optimizer(config, model))
-    multiple = None if accelerator.mixed_precision == "no" else 8  # as tensor cores like it
+    # Tensor cores like multiples of 8, which must not lead beyond the model's last position.
+    multiple = 8 if accelerator.mixed_precision != "no" and max_length % 8 == 0 else None
     settings = dict(collate_fn=DataCollatorWithPadding(tokenizer, pad_to_multiple_of=multiple),
                     num_workers=config.num_workers, worker_init_fn=ignore_signals,
                     pin_memory=device.type == "cuda")

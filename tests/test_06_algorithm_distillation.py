@@ -8,6 +8,7 @@ import math
 import random
 import re
 import shutil
+import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
@@ -413,6 +414,12 @@ def test_histories_are_made_once_and_anew_for_other_settings(runs, tmp_path, cap
         assert train_here(tmp_path, f"--cache_dir={tmp_path}", *flags) == 0
         assert capfd.readouterr().out.count(" on 81 goals in ") == made
     assert len(list(tmp_path.glob("histories_*.pt"))) == 3
+
+def test_no_in_a_yaml_file_is_a_precision(lesson, tmp_path, monkeypatch):
+    (tmp_path / "run.yaml").write_text("mixed_precision: no\npreset: cpu\n")
+    monkeypatch.setattr(sys, "argv", [NAME, f"--config={tmp_path / 'run.yaml'}", "--seed=3"])
+    config = lesson.parse_config(lesson.Config, lesson.PRESETS)
+    assert (config.mixed_precision, config.n_transit, config.seed) == ("no", 200, 3)
 
 def test_more_processes_than_rollouts_end_with_one_line_each_and_none_hangs(tmp_path):
     flags = [*SMALL, "--n_val_goals=1", "--n_rollouts=1"]
