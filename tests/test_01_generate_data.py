@@ -357,7 +357,8 @@ def test_the_closing_line_has_rows_failures_tokens_and_money(tmp_path, capfd):
     (["--num_examples=20000"], "take --num_examples=13000"), (["--bad=1"], "unknown: --bad=1"),
     (["--base_url=localhost:1"], "--base_url=localhost:1"), (["--output_path=."], "Is a directory"),
     ([], "OPENAI_API_KEY holds no API key"),
-    (["--base_url=http://127.0.0.1:{port}/v1", "--max_retries=0"], "cannot reach --base_url http://127")])
+    (["--base_url=http://127.0.0.1:{port}/v1", "--max_retries=0"],
+     "cannot reach --base_url http://127")])
 def test_wrong_settings_end_with_one_line(flags, message, tmp_path):
     flags = [flag.format(port=free_port()) for flag in flags]
     assert re.match(f"error: .*{re.escape(message)}", run_main(tmp_path, NAME, *flags))
