@@ -335,8 +335,8 @@ def read_pairs(config):
     splits, names = read_splits(config)
     data, notes, text, label = {}, [], config.text_column, config.label_column
     for split, (source, rows) in splits.items():  # what is found in train holds for all
-        row = {column: x for row in rows.values() for column, x in (row or {}).items()
-               if x is not None}
+        row = {column: x for row in reversed(rows.values()) for column, x in (row or {}).items()
+               if x is not None}  # the first value of each column
         label = find_column(source, row, "label_column", label, LABEL_COLUMNS, int | str, int)
         row = {column: x for column, x in row.items() if column != label}
         text = find_column(source, row, "text_column", text, TEXT_COLUMNS, str, str)
