@@ -440,6 +440,7 @@ def collate(rows):
         targets[i, n_prompt - 1 : len(ids) - 1] = ids[n_prompt:]
     return input_ids, targets
 
+# Copied between scripts: split_rows
 def split_rows(encoded, val_fraction, seed):
     """Returns (training rows, held-out rows) of those that are not None; with val_fraction 0 all
     rows are both. The held-out rows are the same for any number of processes."""
@@ -451,7 +452,9 @@ def split_rows(encoded, val_fraction, seed):
                          "none for training: take more rows, raise it, or lower --val_fraction")
     val_rows, train_rows = ([rows[i] for i in part] for part in np.split(order, [n_val]))
     return train_rows, val_rows or train_rows
+# End of copied block: split_rows
 
+# Copied between scripts: epoch_batches
 def epoch_batches(lengths, batch, seed, epoch):
     """Global batches of row numbers, every row once, the same on every rank: a random order, sorted
     by length within groups of up to 50 batches, so that a batch is short or long as a whole. The
@@ -465,9 +468,11 @@ def epoch_batches(lengths, batch, seed, epoch):
     batches = [order[start : start + batch] for start in range(0, len(order), batch)]
     rng.shuffle(batches)
     return batches
+# End of copied block: epoch_batches
 
 # --- Step 2. Student and teacher -----------------------------------------------------------------
 
+# Copied between scripts: load_model
 def load_model(flag, name, dtype, device):
     """Returns (model, tokenizer) of a folder or hub name; ValueError if they cannot be used."""
     try:
@@ -483,6 +488,7 @@ def load_model(flag, name, dtype, device):
                          f"{known}, the end token is {tokenizer.eos_token}: do the files belong "
                          "together, tokenizer.json included?")
     return model.to(device), tokenizer
+# End of copied block: load_model
 
 def distillation_loss(logits, targets, teacher_logits=None, kd_loss="forward_kl", temperature=1.0,
                       alpha=1.0):
@@ -525,16 +531,17 @@ def response_loss(model, rows, batch_size, rank, world_size, device, autocast):
     loss_sum, n_targets = sum_over_ranks(device, loss_sum, n_targets)
     return loss_sum / n_targets
 
+# Copied between scripts: answer
 @torch.no_grad()
-def answer(model, tokenizer, rows, config, rank, world_size, device, autocast):
-    """Greedy answers to the prompts of rows, none longer than the longest response among them. A
-    list of {"prompt", "response", "answer", "stopped", "exact"}, the same on every rank."""
+def answer(model, tokenizer, rows, longest, config, rank, world_size, device, autocast):
+    """Greedy answers of at most longest tokens to the prompts of rows, (ids, number of prompt
+    tokens) each. Returns, on every rank, {"prompt", "response", "answer", "stopped", "exact"}s."""
     model.eval()
-    longest, end = max(len(ids) - n_prompt for ids, n_prompt in rows), tokenizer.eos_token_id
+    end = tokenizer.eos_token_id
     room = lambda i: min(longest, config.max_length - rows[i][1])  # of a row, not of its batch
     own, answers = sorted(range(rank, len(rows), world_size), key=lambda i: rows[i][1]), {}
     while own:
-        chosen = [i for i in own[: config.batch_size] if room(i) == room(own[0])]
+        chosen = [i for i in own[: 4 * config.batch_size] if room(i) == room(own[0])]
         own = own[len(chosen) :]
         prompts = [rows[i][0][: rows[i][1]].tolist() for i in chosen]
         width = max(map(len, prompts))  # padded on the left, so that all answers start at one place
@@ -556,26 +563,32 @@ def answer(model, tokenizer, rows, config, rank, world_size, device, autocast):
     if world_size > 1:
         dist.all_gather_object(parts, answers)
     return [parts[i % world_size][i] for i in range(len(rows))]
+# End of copied block: answer
 
 def judge(model, tokenizer, rows, config, *place):
     """The metrics of a student over all rows, and its answers to the first --max_answers."""
     val_loss = response_loss(model, rows, config.batch_size, *place)
-    answers = answer(model, tokenizer, rows[: config.max_answers], config, *place)
+    asked = rows[: config.max_answers]
+    longest = max(len(ids) - n_prompt for ids, n_prompt in asked)
+    answers = answer(model, tokenizer, asked, longest, config, *place)
     rate = lambda key: sum(row[key] for row in answers) / len(answers)
     return {"val_loss": val_loss, "perplexity": math.exp(val_loss), "stop_rate": rate("stopped"),
             "exact_match": rate("exact")}, answers
 
+# Copied between scripts: write_answers
 def write_answers(path, answers):
     """All as JSONL into path; ten of them to the terminal."""
     with atomic_file(path) as file:
         file.writelines(f"{json.dumps(row, ensure_ascii=False)}\n".encode() for row in answers)
     for row in answers[:10]:
         print(f"  {row['prompt'][-80:]!r} -> {row['answer'][:80]!r}", flush=True)
+# End of copied block: write_answers
 
-def export_student(model, tokenizer, output_dir):
-    """Rank 0's last duty: the plots, and final_model/, complete or not there at all. Returns what
-    was reached, in one line."""
-    axes = plot_metrics(output_dir, ["train_loss", "val_loss"], "loss (nats per response token)")
+# Copied between scripts: export_model
+def export_model(model, tokenizer, output_dir, ylabel, keys):
+    """Rank 0's last duty: the plots, and final_model/, complete or not there at all. Returns, in
+    one line, what each of the keys was before training and is now."""
+    axes = plot_metrics(output_dir, ["train_loss", "val_loss"], ylabel)
     axes.figure.savefig(output_dir / "loss.pdf")
     axes.figure.savefig(output_dir / "loss.png", dpi=150)
     model.generation_config.eos_token_id = tokenizer.eos_token_id  # where it has learned to stop
@@ -583,9 +596,8 @@ def export_student(model, tokenizer, output_dir):
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     *_, last = map(json.loads, (output_dir / "metrics.jsonl").open())
-    pairs = [f"{key} {last[f'before_{key}']:.4g} -> {last[key]:.4g}"
-             for key in ("val_loss", "perplexity", "stop_rate", "exact_match")]
-    return ", ".join(pairs)
+    return ", ".join(f"{key} {last[f'before_{key}']:.4g} -> {last[key]:.4g}" for key in keys)
+# End of copied block: export_model
 
 # --- Step 4. Training ----------------------------------------------------------------------------
 
@@ -781,7 +793,9 @@ def distill(config):
     elif finished:
         end = f"this run is finished: {output_dir}/final_model"
     else:
-        result = on_rank_0(export_student, model, tokenizer, output_dir)
+        keys = ["val_loss", "perplexity", "stop_rate", "exact_match"]
+        result = on_rank_0(export_model, model, tokenizer, output_dir,
+                           "loss (nats per response token)", keys)
         minutes = (time.perf_counter() - began) / 60
         end = (f"done: {result} in {minutes:.1f} min; {output_dir} has final_model, loss.png, "
                "loss.pdf, answers_before.jsonl, answers_after.jsonl, metrics.jsonl, runs")

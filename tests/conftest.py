@@ -21,6 +21,9 @@ os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE", HF_HUB_OFFLINE
 for name in [*os.environ]:
     if name.startswith(("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_", "ACCELERATE_")):
         del os.environ[name]
+from safetensors.torch import load_file  # noqa: E402
+from torch.testing import assert_close  # noqa: E402
+
 LAUNCHERS = {
     "python": "", "torchrun": "-m torch.distributed.run --standalone --nproc_per_node={nproc}",
     "accelerate": "-m accelerate.commands.launch --multi_gpu --num_processes {nproc} --num_machines"
@@ -33,6 +36,19 @@ def free_port():
 def read_metrics(folder):
     lines = [line for path in folder.glob("*/metrics.jsonl") for line in path.open()]
     return [json.loads(line) for line in lines if line.endswith("\n")]
+
+def final_weights(folder):
+    return load_file(next(folder.glob("*/final_model")) / "model.safetensors")
+
+def assert_same(folder, reference, rel=1e-5):
+    """The same steps, losses, learning rates and weights; rel=0: to the last bit."""
+    keys = {"step", "epoch", "tokens_seen", "train_loss", "val_loss", "learning_rate"}
+    for own, expected in zip(read_metrics(folder), read_metrics(reference), strict=True):
+        expected = {key: expected[key] for key in keys & expected.keys()}
+        assert {key: own[key] for key in keys & own.keys()} == pytest.approx(expected, rel, abs=0)
+    own, expected = final_weights(folder), final_weights(reference)
+    for name in expected:
+        assert_close(own[name], expected[name], rtol=0, atol=rel, msg=name)
 
 class Run:
     """A lesson at work, and what it has printed and logged up to now."""

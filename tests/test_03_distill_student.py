@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import read_metrics, run_main, run_script, started
+from conftest import assert_same, final_weights, read_metrics, run_main, run_script, started
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
@@ -64,18 +64,6 @@ def whole(kit, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     assert distil_here(folder, kit, teacher_model=kit / "teacher", **split(16, 1, **SHORT)) == 0
     return folder
-
-def weights(folder):
-    return load_file(folder / "outputs/final_model/model.safetensors")
-
-def assert_same(folder, reference, rel=1e-5):
-    keys = {"step", "epoch", "tokens_seen", "train_loss", "val_loss", "learning_rate"}
-    for own, expected in zip(read_metrics(folder), read_metrics(reference), strict=True):
-        expected = {key: expected[key] for key in keys & expected.keys()}
-        assert {key: own[key] for key in keys & own.keys()} == pytest.approx(expected, rel, abs=0)
-    own, expected = weights(folder), weights(reference)
-    for name in expected:
-        torch.testing.assert_close(own[name], expected[name], rtol=0, atol=rel, msg=name)
 
 # --- The mathematics does not depend on the launch ------------------------------------------------
 
@@ -211,13 +199,13 @@ def test_weights_in_half_precision_are_trained_in_fp32(kit, tmp_path):
     config = json.loads((tmp_path / "half/config.json").read_text()) | {"dtype": "float16"}
     (tmp_path / "half/config.json").write_text(json.dumps(config))
     assert distil_here(tmp_path, kit, student_model=tmp_path / "half", max_steps=2) == 0
-    assert {w.dtype for w in weights(tmp_path).values()} == {torch.float32}
+    assert {w.dtype for w in final_weights(tmp_path).values()} == {torch.float32}
 
 def test_an_answer_does_not_depend_on_its_batch(kit):
     model, tokenizer = lesson.load_model("student_model", kit / "student", torch.float32, "cpu")
     rows = [(np.arange(65, 65 + n + 20, dtype=np.int32), n) for n in (70, 3, 60, 75, 4)]
     one, five = (lesson.answer(
-        model, tokenizer, rows, lesson.Config(dataset_path="x", max_length=96, batch_size=size),
+        model, tokenizer, rows, 20, lesson.Config(dataset_path="x", max_length=96, batch_size=size),
         0, 1, torch.device("cpu"), partial(torch.autocast, "cpu", enabled=False))
         for size in (1, 5))
     assert one == five and len({len(row["answer"]) for row in one}) > 1
