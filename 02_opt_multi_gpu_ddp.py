@@ -106,6 +106,8 @@ class Config:
     gradient_checkpointing: AutoOnOff = HfArg(default="auto", help="less memory, more time")
     shard_optimizer: AutoOnOff = HfArg(default="auto", help="each rank keeps part of Adam's state")
     timeout_seconds: int = HfArg(default=1800, help="longest wait for another rank")
+    deterministic: bool = HfArg(default=False, help="the same bits again on a GPU, but slower")
+    profile: bool = HfArg(default=False, help="where steps 5 to 7 take their time: trace.json")
     log_every: int = HfArg(default=10, help="steps")
     eval_every: int = HfArg(default=50, help="steps; every other evaluation shows a sample")
     save_every: int = HfArg(default=500, help="steps from checkpoint to checkpoint")
@@ -356,6 +358,22 @@ def learning_rate_at(step, total_steps, highest, warmup_steps, min_lr_ratio):
     return highest * (min_lr_ratio + (1 - min_lr_ratio) * (1 + math.cos(math.pi * progress)) / 2)
 # End of copied block: learning_rate_at
 
+# Copied between scripts: start_profiler
+def start_profiler(wanted, output_dir, device):
+    """Returns what to call after every step. If wanted, steps 5 to 7 from now go to trace.json (to
+    be opened in ui.perfetto.dev), and the operations that took longest to the terminal."""
+    if not wanted:
+        return lambda: None
+    def show(profiler):
+        profiler.export_chrome_trace(str(output_dir / "trace.json"))
+        order = "self_cpu_time_total" if device.type == "cpu" else "self_device_time_total"
+        print(profiler.key_averages().table(sort_by=order, row_limit=12), flush=True)
+    profiler = torch.profiler.profile(
+        schedule=torch.profiler.schedule(wait=3, warmup=1, active=3, repeat=1), on_trace_ready=show)
+    profiler.start()
+    return profiler.step
+# End of copied block: start_profiler
+
 # Copied between scripts: gpu_metrics
 def gpu_metrics(device, world_size):
     """Peak memory of this rank, and the utilization of every rank's GPU in %, if NVML tells it. No
@@ -577,6 +595,9 @@ def train(config):
     precision = resolve_precision(config.precision, device)
     config = replace(config, precision=precision)
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs; on every rank, like every setting
+    if config.deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # without it cuBLAS is not
+        torch.use_deterministic_algorithms(True)
     output_dir.mkdir(parents=True, exist_ok=True)
     resume = config.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     lock = filelock.FileLock(output_dir / ".lock")  # rank 0 holds it as long as this name lives
@@ -635,6 +656,7 @@ def train(config):
     if fresh and is_main:
         log.write({"step": 0, "epoch": 0.0, "tokens_seen": 0, "val_loss": val_loss})
     stop_signals = catch_stop_signals()
+    profile_step = start_profiler(config.profile and is_main, output_dir, device)
     began, saved_step, stop = time.perf_counter(), start_step, 0
     loss_sum, loss_steps, seconds, timed_steps = 0.0, 0, 0.0, 0
 
@@ -675,6 +697,7 @@ def train(config):
         loss_sum, loss_steps = loss_sum + step_loss, loss_steps + 1
         if step > start_step + 3:  # compilation and warm-up are not counted
             seconds, timed_steps = seconds + time.perf_counter() - started, timed_steps + 1
+        profile_step()
 
         last = step == total_steps
         evaluate_now = step % config.eval_every == 0 or last

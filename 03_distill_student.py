@@ -90,6 +90,8 @@ class Config:
     device: Literal["auto", "cpu", "cuda", "mps"] = HfArg(default="auto", help="where to compute")
     backend: Literal["auto", "nccl", "gloo"] = HfArg(default="auto", help="auto: nccl on GPUs")
     timeout_seconds: int = HfArg(default=1800, help="longest wait for another rank")
+    deterministic: bool = HfArg(default=False, help="the same bits again on a GPU, but slower")
+    profile: bool = HfArg(default=False, help="where steps 5 to 7 take their time: trace.json")
     log_every: int = HfArg(default=10, help="steps")
     save_every: int = HfArg(default=500, help="steps between checkpoints, besides each epoch's end")
     max_answers: int = HfArg(default=200, help="held-out prompts answered before and after")
@@ -341,6 +343,22 @@ def learning_rate_at(step, total_steps, highest, warmup_steps, min_lr_ratio):
     progress = (step - warmup_steps) / (total_steps - warmup_steps)
     return highest * (min_lr_ratio + (1 - min_lr_ratio) * (1 + math.cos(math.pi * progress)) / 2)
 # End of copied block: learning_rate_at
+
+# Copied between scripts: start_profiler
+def start_profiler(wanted, output_dir, device):
+    """Returns what to call after every step. If wanted, steps 5 to 7 from now go to trace.json (to
+    be opened in ui.perfetto.dev), and the operations that took longest to the terminal."""
+    if not wanted:
+        return lambda: None
+    def show(profiler):
+        profiler.export_chrome_trace(str(output_dir / "trace.json"))
+        order = "self_cpu_time_total" if device.type == "cpu" else "self_device_time_total"
+        print(profiler.key_averages().table(sort_by=order, row_limit=12), flush=True)
+    profiler = torch.profiler.profile(
+        schedule=torch.profiler.schedule(wait=3, warmup=1, active=3, repeat=1), on_trace_ready=show)
+    profiler.start()
+    return profiler.step
+# End of copied block: start_profiler
 
 # Copied between scripts: gpu_metrics
 def gpu_metrics(device, world_size):
@@ -609,6 +627,9 @@ def distill(config):
     precision = resolve_precision("fp16" if config.fp16 else config.precision, device)
     half = torch.float16 if precision == "fp16" else torch.bfloat16
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs; on every rank, like every setting
+    if config.deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # without it cuBLAS is not
+        torch.use_deterministic_algorithms(True)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
 
@@ -694,6 +715,7 @@ def distill(config):
             (output_dir / "answers_after.jsonl").unlink(missing_ok=True)
             write_answers(output_dir / "answers_before.jsonl", answers)
     stop_signals = catch_stop_signals()
+    profile_step = start_profiler(config.profile and is_main, output_dir, device)
     began, saved_step, stop = time.perf_counter(), start_step, 0
     loss_sum, loss_targets, seconds, timed_tokens = 0.0, 0, 0.0, 0
 
@@ -755,6 +777,7 @@ def distill(config):
             timed_tokens += step_tokens
         bar.set_postfix(loss=f"{step_loss / step_targets:.4f}", refresh=False)
         bar.update()
+        profile_step()
 
         last, epoch_ends = step == total_steps, position == epoch_steps - 1
         if pause := epoch_ends or last or stop:

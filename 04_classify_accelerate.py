@@ -90,6 +90,7 @@ class Config:
     deterministic: bool = HfArg(default=False, help="the same bits again on a GPU, but slower")
     gradient_checkpointing: bool = HfArg(default=False, help="less memory, more time")
     timeout_seconds: int = HfArg(default=1800, help="longest wait for another process")
+    profile: bool = HfArg(default=False, help="where steps 5 to 7 take their time: trace.json")
     log_every: int = HfArg(default=50, help="steps")
     eval_every: int = HfArg(default=500, help="steps")
     save_every: int = HfArg(default=500, help="steps from checkpoint to checkpoint")
@@ -247,6 +248,22 @@ class MetricsLog:
                 shown[key] = f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.4g}"
         print(" | ".join(f"{key} {x}" for key, x in shown.items()), flush=True)
 # End of copied block: MetricsLog
+
+# Copied between scripts: start_profiler
+def start_profiler(wanted, output_dir, device):
+    """Returns what to call after every step. If wanted, steps 5 to 7 from now go to trace.json (to
+    be opened in ui.perfetto.dev), and the operations that took longest to the terminal."""
+    if not wanted:
+        return lambda: None
+    def show(profiler):
+        profiler.export_chrome_trace(str(output_dir / "trace.json"))
+        order = "self_cpu_time_total" if device.type == "cpu" else "self_device_time_total"
+        print(profiler.key_averages().table(sort_by=order, row_limit=12), flush=True)
+    profiler = torch.profiler.profile(
+        schedule=torch.profiler.schedule(wait=3, warmup=1, active=3, repeat=1), on_trace_ready=show)
+    profiler.start()
+    return profiler.step
+# End of copied block: start_profiler
 
 # Copied between scripts: gpu_metrics
 def gpu_metrics(device, world_size):
@@ -714,6 +731,7 @@ def fine_tune(config):
         if is_main:
             log.write(metrics)
     stop_signals = catch_stop_signals()
+    profile_step = start_profiler(config.profile and is_main, output_dir, device)
     began, saved_step, stop = time.perf_counter(), start_step, 0
     totals, speed = np.zeros(2), np.zeros(3)  # loss, rows; rows, tokens, seconds
     bar = tqdm(total=total_steps, initial=start_step, disable=None if is_main else True)
@@ -750,6 +768,7 @@ def fine_tune(config):
         if step > start_step + 3:  # warm-up is not counted
             speed += global_batch_size, tokens, time.perf_counter() - started
         bar.update()
+        profile_step()
 
         last = step == total_steps
         evaluate_now = step % config.eval_every == 0 or last

@@ -92,6 +92,8 @@ class Config:
     device: Literal["auto", "cpu", "cuda", "mps"] = HfArg(default="auto", help="where to compute")
     backend: Literal["auto", "nccl", "gloo"] = HfArg(default="auto", help="auto: nccl on GPUs")
     timeout_seconds: int = HfArg(default=1800, help="longest wait for another rank")
+    deterministic: bool = HfArg(default=False, help="the same bits again on a GPU, but slower")
+    profile: bool = HfArg(default=False, help="where steps 5 to 7 take their time: trace.json")
     log_every: int = HfArg(default=10, help="steps")
     eval_every: int = HfArg(default=100, help="steps")
     save_every: int = HfArg(default=500, help="steps from checkpoint to checkpoint")
@@ -348,6 +350,22 @@ def learning_rate_at(step, total_steps, highest, warmup_steps, min_lr_ratio):
     progress = (step - warmup_steps) / (total_steps - warmup_steps)
     return highest * (min_lr_ratio + (1 - min_lr_ratio) * (1 + math.cos(math.pi * progress)) / 2)
 # End of copied block: learning_rate_at
+
+# Copied between scripts: start_profiler
+def start_profiler(wanted, output_dir, device):
+    """Returns what to call after every step. If wanted, steps 5 to 7 from now go to trace.json (to
+    be opened in ui.perfetto.dev), and the operations that took longest to the terminal."""
+    if not wanted:
+        return lambda: None
+    def show(profiler):
+        profiler.export_chrome_trace(str(output_dir / "trace.json"))
+        order = "self_cpu_time_total" if device.type == "cpu" else "self_device_time_total"
+        print(profiler.key_averages().table(sort_by=order, row_limit=12), flush=True)
+    profiler = torch.profiler.profile(
+        schedule=torch.profiler.schedule(wait=3, warmup=1, active=3, repeat=1), on_trace_ready=show)
+    profiler.start()
+    return profiler.step
+# End of copied block: start_profiler
 
 # Copied between scripts: gpu_metrics
 def gpu_metrics(device, world_size):
@@ -741,6 +759,9 @@ def tune(config):
     precision = resolve_precision("fp16" if config.fp16 else config.precision, device)
     half = torch.float16 if precision == "fp16" else torch.bfloat16
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs; on every rank, like every setting
+    if config.deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # without it cuBLAS is not
+        torch.use_deterministic_algorithms(True)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
 
@@ -845,6 +866,7 @@ def tune(config):
     stop_signals = catch_stop_signals()
     bar = tqdm(total=total_steps, initial=start_step, unit="step",
                disable=None if is_main else True)
+    profile_step = start_profiler(config.profile and is_main, output_dir, device)
     began, saved_step, stop = time.perf_counter(), start_step, 0
     loss_sum, loss_targets, seconds, timed_tokens = 0.0, 0, 0.0, 0
 
@@ -898,6 +920,7 @@ def tune(config):
             timed_tokens += step_tokens
         bar.set_postfix(loss=f"{step_loss / step_targets:.4f}", refresh=False)
         bar.update()
+        profile_step()
 
         last, evaluate_now = step == total_steps, step % config.eval_every == 0
         save_now = step % config.save_every == 0 or last or stop

@@ -110,6 +110,8 @@ class Config:
     device: Literal["auto", "cpu", "cuda", "mps"] = HfArg(default="auto", help="where to compute")
     backend: Literal["auto", "nccl", "gloo"] = HfArg(default="auto", help="auto: nccl on GPUs")
     timeout_seconds: int = HfArg(default=1800, help="longest wait for another rank")
+    deterministic: bool = HfArg(default=False, help="the same bits again on a GPU, but slower")
+    profile: bool = HfArg(default=False, help="where steps 5 to 7 take their time: trace.json")
     log_every: int = HfArg(default=100, help="steps")
     eval_every: int = HfArg(default=1000, help="steps from rollouts to rollouts on the val goals")
     save_every: int = HfArg(default=1000, help="steps from checkpoint to checkpoint")
@@ -355,6 +357,22 @@ def learning_rate_at(step, total_steps, highest, warmup_steps, min_lr_ratio):
     progress = (step - warmup_steps) / (total_steps - warmup_steps)
     return highest * (min_lr_ratio + (1 - min_lr_ratio) * (1 + math.cos(math.pi * progress)) / 2)
 # End of copied block: learning_rate_at
+
+# Copied between scripts: start_profiler
+def start_profiler(wanted, output_dir, device):
+    """Returns what to call after every step. If wanted, steps 5 to 7 from now go to trace.json (to
+    be opened in ui.perfetto.dev), and the operations that took longest to the terminal."""
+    if not wanted:
+        return lambda: None
+    def show(profiler):
+        profiler.export_chrome_trace(str(output_dir / "trace.json"))
+        order = "self_cpu_time_total" if device.type == "cpu" else "self_device_time_total"
+        print(profiler.key_averages().table(sort_by=order, row_limit=12), flush=True)
+    profiler = torch.profiler.profile(
+        schedule=torch.profiler.schedule(wait=3, warmup=1, active=3, repeat=1), on_trace_ready=show)
+    profiler.start()
+    return profiler.step
+# End of copied block: start_profiler
 
 # Copied between scripts: gpu_metrics
 def gpu_metrics(device, world_size):
@@ -633,6 +651,9 @@ def distill_algorithm(config):
         raise ValueError(f"--mixed_precision={precision} on {device.type}, where accelerate launch "
                          f"says {launched}: take the same in both; fp16 needs a CUDA GPU")
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs; on every rank, like every setting
+    if config.deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # without it cuBLAS is not
+        torch.use_deterministic_algorithms(True)
     output_dir.mkdir(parents=True, exist_ok=True)
     resume = config.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     lock = filelock.FileLock(output_dir / ".lock")  # rank 0 holds it as long as this name lives
@@ -692,6 +713,7 @@ def distill_algorithm(config):
     roll_outs = partial(roll_out, model, config=config, rank=rank, world_size=world_size,
                         device=device)
     stop_signals = catch_stop_signals()
+    profile_step = start_profiler(config.profile and is_main, output_dir, device)
     began, saved_step, stop = time.perf_counter(), start_step, 0
     loss_sum, loss_steps, seconds, timed_steps = 0.0, 0, 0.0, 0
 
@@ -729,6 +751,7 @@ def distill_algorithm(config):
         loss_sum, loss_steps = loss_sum + step_loss, loss_steps + 1
         if step > start_step + 3:  # warm-up is not counted
             seconds, timed_steps = seconds + time.perf_counter() - started, timed_steps + 1
+        profile_step()
 
         last = step == config.max_steps
         evaluate_now = step % config.eval_every == 0 or last
