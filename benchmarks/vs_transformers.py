@@ -49,7 +49,7 @@ def trainer_04(args, folder):
         model=args.model, train_file=args.train_file, validation_file=args.validation_file,
         label_names=args.label_names, seed=args.seed)
     data, names, _ = lesson.load_data(config)
-    model, tokenizer, max_length = lesson.load_classifier(config, names)
+    model, tokenizer, max_length, _ = lesson.load_classifier(config, names)
     rows = {split: lesson.tokenize(tokenizer, data[split], max_length)[0] for split in data}
 
     class Clock(TrainerCallback):
