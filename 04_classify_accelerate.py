@@ -595,11 +595,13 @@ def save_best(output_dir, model, tokenizer, best):
 
 def draw_confusion(confusion, names):
     """A figure: rows are true classes, columns predicted ones, colours the share of the row."""
-    figure, confusion = Figure([2 + 0.7 * len(names)] * 2, layout="tight"), np.array(confusion)
-    axes, ticks = figure.subplots(), range(len(names))
+    size, confusion = 2 + 0.7 * min(40, len(names)), np.array(confusion)
+    figure, ticks = Figure([size, size], layout="tight"), range(len(names))
+    axes = figure.subplots()
     axes.imshow(confusion / np.maximum(confusion.sum(1, keepdims=True), 1), "Blues", vmax=1.5)
     for (i, j), count in np.ndenumerate(confusion):
-        axes.text(j, i, count, ha="center", va="center")
+        if count or len(names) <= 40:  # hundreds of classes would be mostly noughts
+            axes.text(j, i, count, ha="center", va="center")
     axes.set(xlabel="predicted", ylabel="true", yticks=ticks, yticklabels=names)
     axes.set_xticks(ticks, names, rotation=90)
     return figure
