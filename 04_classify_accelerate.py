@@ -7,7 +7,8 @@ Run it      python 04_classify_accelerate.py                           # gpt2 on
             accelerate launch --multi_gpu 04_classify_accelerate.py
             torchrun --nproc_per_node=2 04_classify_accelerate.py      # no GPU needed
 Expect      a table of precision, recall and F1 of each class, confusion_matrix.png, and a last line
-            done: test accuracy ..., macro F1 ... (measured: README)
+            done: test accuracy 0.9290, macro F1 0.8852 in 5.0 min (a 22.7M encoder on 2 CPU cores
+            in bf16, torch 2.13, transformers 5.23; command and other seeds: results/04_emotion.md)
 Reads       --dataset: a set of the Hugging Face hub; or --train_file: your JSONL or CSV, no network
 Writes      classifier_output/{metrics.jsonl, loss.png, loss.pdf, confusion_matrix.png, report.json,
             runs/, checkpoint/, checkpoint.previous/, final_model/}
