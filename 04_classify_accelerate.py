@@ -7,7 +7,8 @@ Run it      python 04_classify_accelerate.py                           # gpt2 on
             accelerate launch --multi_gpu 04_classify_accelerate.py
             torchrun --nproc_per_node=2 04_classify_accelerate.py      # no GPU needed
 Expect      a table of precision, recall and F1 of each class, confusion_matrix.png, and a last line
-            done: test accuracy ..., macro F1 ... (measured: README)
+            done: test accuracy 0.9290, macro F1 0.8852 in 5.0 min (a 22.7M encoder on 2 CPU cores
+            in bf16, torch 2.13, transformers 5.23; command and other seeds: results/04_emotion.md)
 Reads       --dataset: a set of the Hugging Face hub; or --train_file: your JSONL or CSV, no network
 Writes      classifier_output/{metrics.jsonl, loss.png, loss.pdf, confusion_matrix.png, report.json,
             runs/, checkpoint/, checkpoint.previous/, final_model/}
@@ -301,7 +302,11 @@ def load_dataset(name, **files):
     try:
         import datasets  # only here: JSONL does without
         datasets.disable_progress_bars()
-        return datasets.load_dataset(*name.split(":"), **files)
+        path, *configuration = name.split(":")
+        if not files and "/" not in path and not os.path.exists(path):
+            with suppress(Exception):  # datasets wants fancyzhx/ag_news, the hub knows ag_news too
+                path = huggingface_hub.dataset_info(path, timeout=10).id
+        return datasets.load_dataset(path, *configuration, **files)
     except ConnectionError:
         cause = "no network, or the hub does not answer"
     except Exception as problem:  # ImportError too
@@ -378,9 +383,13 @@ def load_data(config):
     if {label for _, label in data.get("test", [])} == {-1}:
         del data["test"]  # some sets of the hub keep its labels secret
     if given := config.label_names:
-        given = Path(given).read_text("utf-8") if os.path.isfile(given) else given
-        is_list = given.lstrip().startswith("[")
-        names = json.loads(given) if is_list else given.strip().replace("\n", ",").split(",")
+        try:
+            given = Path(given).read_text("utf-8") if os.path.isfile(given) else given
+            is_list = given.lstrip().startswith("[")
+            names = json.loads(given) if is_list else given.strip().replace("\n", ",").split(",")
+        except ValueError as problem:
+            raise ValueError(f"--label_names={config.label_names}: {problem}; what works is "
+                             'joy,anger or ["joy", "anger"], also in a file') from None
     known = {label for _, label in data["train"]}
     if len(known) < 2 or len({type(label) for label in known}) > 1:
         raise ValueError(f"{config.train_file or config.dataset}: training needs two labels or "
@@ -452,19 +461,30 @@ def ignore_signals(worker):
 # --- Step 3. Model set-up -------------------------------------------------------------------------
 
 def load_classifier(config, names):
-    """Returns (model, tokenizer, the longest input in tokens). ValueError if they cannot be had."""
+    """Returns (model, tokenizer, the longest input in tokens, notes to print). ValueError if they
+    cannot be had."""
     utils.set_seed(config.seed, deterministic=config.deterministic)
     try:
         # split_special_tokens: a text that spells out the end token is neither end nor padding.
         tokenizer = AutoTokenizer.from_pretrained(
             config.model, padding_side="right", truncation_side="right", split_special_tokens=True)
-        model = AutoModelForSequenceClassification.from_pretrained(
+        model, loaded = AutoModelForSequenceClassification.from_pretrained(
             config.model, dtype=torch.float32, id2label=dict(enumerate(names)),
-            label2id={name: i for i, name in enumerate(names)}, ignore_mismatched_sizes=True)
+            label2id={name: i for i, name in enumerate(names)}, ignore_mismatched_sizes=True,
+            output_loading_info=True)
     except Exception as problem:  # damaged files can raise anything
         cause = str(problem).strip().partition("\n")[0]
         raise ValueError(f"--model={config.model}: {cause} A folder needs no network: --model "
                          "./gpt_output/final_model") from None
+    # The head may be new; a backbone that is new has learned nothing.
+    backbone = {id(weight) for weight in model.base_model.parameters()}
+    new = {*loaded["missing_keys"], *(name for name, *_ in loaded["mismatched_keys"])}
+    new = [x for x, weight in model.named_parameters() if x in new and id(weight) in backbone]
+    if len(new) == len(backbone):
+        raise ValueError(f"--model={config.model} has none of the weights of its backbone, such as "
+                         f"{new[0]}; its config.json tells of another model")
+    notes = [f"--model={config.model} lacks {len(new)} of the {len(backbone)} weights of its "
+             f"backbone, which start at random: {', '.join(new[:4])}"] * bool(new)
     # Decoders classify the last token that is no padding, and know padding by its id. GPT-2 and
     # Llama have none: the end token takes its part. It stands on the right, because on the left
     # GPT-2 would count it as positions (logits off by 0.19).
@@ -479,7 +499,8 @@ def load_classifier(config, names):
     table = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
     first = (getattr(table, "padding_idx", None) or -1) + 1  # RoBERTa's positions begin after it
     positions = getattr(model.config, "max_position_embeddings", math.inf) - first
-    return model, tokenizer, min(config.max_length, tokenizer.model_max_length, positions)
+    max_length = min(config.max_length, tokenizer.model_max_length, positions)
+    return model, tokenizer, max_length, notes
 
 def build_optimizer(config, model):
     groups = [{"params": [p for p in model.parameters() if p.dim() >= 2]},
@@ -573,6 +594,8 @@ def find_state(output_dir):
             progress = json.loads((folder / "progress.json").read_text())
             wrong = [x for x, digest in progress["sha256"].items() if sha256(folder / x) != digest]
             if not wrong:
+                best = output_dir / "final_model/best.json"  # may be newer than the checkpoint
+                progress["best"] = json.loads(best.read_text()) if best.exists() else {}
                 return folder, progress
             problem = f"checksum of {wrong[0]}"
         except (OSError, ValueError, KeyError) as error:
@@ -581,19 +604,22 @@ def find_state(output_dir):
     if folders:
         raise ValueError(f"{folders[0]} cannot be read; --overwrite starts afresh")
 
-def save_best(output_dir, model, tokenizer):
+def save_best(output_dir, model, tokenizer, best):
     """final_model/ is the best up to now; at the end of training it gets its card."""
     with atomic_folder(output_dir / "final_model") as folder:
+        (folder / "best.json").write_text(json.dumps(best))
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
 def draw_confusion(confusion, names):
     """A figure: rows are true classes, columns predicted ones, colours the share of the row."""
-    figure, confusion = Figure([2 + 0.7 * len(names)] * 2, layout="tight"), np.array(confusion)
-    axes, ticks = figure.subplots(), range(len(names))
+    size, confusion = 2 + 0.7 * min(40, len(names)), np.array(confusion)
+    figure, ticks = Figure([size, size], layout="tight"), range(len(names))
+    axes = figure.subplots()
     axes.imshow(confusion / np.maximum(confusion.sum(1, keepdims=True), 1), "Blues", vmax=1.5)
     for (i, j), count in np.ndenumerate(confusion):
-        axes.text(j, i, count, ha="center", va="center")
+        if count or len(names) <= 40:  # hundreds of classes would be mostly noughts
+            axes.text(j, i, count, ha="center", va="center")
     axes.set(xlabel="predicted", ylabel="true", yticks=ticks, yticklabels=names)
     axes.set_xticks(ticks, names, rotation=90)
     return figure
@@ -626,9 +652,14 @@ Measured on the {split} rows: accuracy {scores["accuracy"]:.4f}, macro F1 {score
 The weights are those of step {best["step"]} of {step}, where validation accuracy was highest
 ({best["val_accuracy"]:.4f}).\n\n{table}\n""")
     print(table, flush=True)
-    if config.push_to_hub:
-        huggingface_hub.upload_folder(
-            repo_id=config.push_to_hub, folder_path=output_dir / "final_model")
+
+def on_hub(action, repo_id, **settings):
+    """What the hub answers. Its errors are of many kinds; they become a ValueError."""
+    try:
+        return action(repo_id=repo_id, **settings)
+    except Exception as problem:
+        raise ValueError(f"--push_to_hub={repo_id}: {type(problem).__name__}: {problem}; when the "
+                         "training is finished, --resume tries the upload again") from None
 
 def fine_tune(config):
     """Returns the exit code: 0, or 143 after a signal that asked to stop."""
@@ -650,11 +681,12 @@ def fine_tune(config):
     lock = filelock.FileLock(output_dir / ".lock")  # rank 0 holds it as long as this name lives
     on_rank_0(claim_output_dir, output_dir, lock, resume or config.overwrite)
     if config.push_to_hub:  # a token that may not write shows before the training, not after it
-        config = replace(config, push_to_hub=on_rank_0(lambda: huggingface_hub.create_repo(
-            config.push_to_hub, private=True, exist_ok=True).repo_id))
+        config = replace(config, push_to_hub=on_rank_0(lambda: on_hub(
+            huggingface_hub.create_repo, config.push_to_hub, private=True, exist_ok=True).repo_id))
 
     data, names, notes = load_data(config)
-    model, tokenizer, max_length = load_classifier(config, names)
+    model, tokenizer, max_length, remarks = load_classifier(config, names)
+    notes += remarks
     for split, pairs in data.items():
         data[split], cut = tokenize(tokenizer, pairs, max_length)
         notes += [f"{split}: {cut} texts are longer than {max_length} tokens and cut"] * (cut > 0)
@@ -723,7 +755,7 @@ def fine_tune(config):
         scores = score(accelerator, model, loaders["validation"], len(names))
         if scores["accuracy"] > best.get("val_accuracy", -1):
             best.update(step=step, val_accuracy=scores["accuracy"])
-            on_rank_0(save_best, output_dir, accelerator.unwrap_model(model), tokenizer)
+            on_rank_0(save_best, output_dir, accelerator.unwrap_model(model), tokenizer, best)
         return {f"val_{key}": scores[key] for key in SCORES}
 
     if not folder:
@@ -787,15 +819,18 @@ def fine_tune(config):
                 bar.clear()
                 log.write(metrics)
         if save_now:
-            progress = {"step": step, "best": best, "identity": identity}
-            save_state(accelerator, progress, output_dir)
+            save_state(accelerator, {"step": step, "identity": identity}, output_dir)
             saved_step = step
         if stop:
             break
 
     bar.close()
+    # A signal during the last validation stops here; from here on, Ctrl-C does at once.
+    late = torch.tensor(len(stop_signals), device=device)
+    stop = stop or accelerator.reduce(late, "sum").item()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if stop:
-        end = f"stopped by a signal after step {step}; --resume goes on from there"
+        end = f"stopped by a signal after step {saved_step}; --resume goes on from there"
     elif finished:
         end = f"this run is finished: {output_dir}/final_model"
     else:
@@ -804,7 +839,8 @@ def fine_tune(config):
         accelerator.unwrap_model(model).load_state_dict(trained.state_dict())
         split = "test" if "test" in data else "validation"
         scores = score(accelerator, model, loaders[split], len(names))
-        if is_main and split == "test":
+        logged = (output_dir / "metrics.jsonl").read_text().splitlines()[-1] if is_main else ""
+        if is_main and split == "test" and "test_loss" not in logged:  # by a run killed below
             log.write({"step": total_steps, "epoch": total_steps / epoch_steps}
                       | {f"test_{key}": scores[key] for key in SCORES})
         on_rank_0(lambda: write_results(
@@ -813,6 +849,10 @@ def fine_tune(config):
         end = (f"done: {split} accuracy {scores['accuracy']:.4f}, macro F1 "
                f"{scores['macro_f1']:.4f} in {minutes:.1f} min; {output_dir} has final_model, "
                "report.json, confusion_matrix.png, loss.png, loss.pdf, metrics.jsonl, runs")
+    if config.push_to_hub and not stop:
+        end += "; uploaded: " + on_rank_0(lambda: str(on_hub(
+            huggingface_hub.upload_folder, config.push_to_hub,
+            folder_path=output_dir / "final_model")))
     if is_main:
         print(end, flush=True)
     leave_group()
@@ -827,6 +867,8 @@ def main():
         sys.exit(fine_tune(config))
     except (ValueError, OSError) as problem:
         message = " ".join(str(problem).split())
+    except KeyboardInterrupt:
+        message = "interrupted; --resume goes on from the last checkpoint, if there is one"
     except torch.OutOfMemoryError:
         message = (f"out of GPU memory; half the --batch_size {config.batch_size} with twice the "
                    "--gradient_accumulation_steps gives the same, so does --gradient_checkpointing")

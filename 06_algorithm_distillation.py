@@ -783,8 +783,12 @@ def distill_algorithm(config):
         if stop:
             break
 
+    # A signal during the last validation stops here; from here on, Ctrl-C does at once.
+    if not stop:
+        stop, = sum_over_ranks(device, len(stop_signals))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if stop:
-        end = f"stopped by a signal after step {step}; --resume goes on from there"
+        end = f"stopped by a signal after step {saved_step}; --resume goes on from there"
     elif finished:
         end = f"this run is finished: {output_dir}/final_model"
     else:
@@ -807,6 +811,8 @@ def main():
         sys.exit(distill_algorithm(parse_config(Config, PRESETS)))
     except (ValueError, OSError) as problem:
         message = " ".join(str(problem).split())
+    except KeyboardInterrupt:
+        message = "interrupted; --resume goes on from the last checkpoint, if there is one"
     except torch.OutOfMemoryError:
         message = ("out of GPU memory; half the --train_batch_size with twice the "
                    "--gradient_accumulation_steps keeps the global batch")

@@ -49,7 +49,7 @@ def trainer_04(args, folder):
         model=args.model, train_file=args.train_file, validation_file=args.validation_file,
         label_names=args.label_names, seed=args.seed)
     data, names, _ = lesson.load_data(config)
-    model, tokenizer, max_length = lesson.load_classifier(config, names)
+    model, tokenizer, max_length, _ = lesson.load_classifier(config, names)
     rows = {split: lesson.tokenize(tokenizer, data[split], max_length)[0] for split in data}
 
     class Clock(TrainerCallback):
@@ -86,8 +86,8 @@ def parse_arguments():
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--learning_rate", type=float, default=1e-4)
     parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32")
-    parser.add_argument("--runs", type=int, default=3, help="of each, with seeds 0, 1, ...")
-    parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--runs", type=int, default=3, help="of each, each with a seed of its own")
+    parser.add_argument("--seed", type=int, default=0, help="of the first run; then one more")
     parser.add_argument("--side", type=int, help=argparse.SUPPRESS)  # in a process of its own
     args = parser.parse_args()
     if args.steps < 5:
@@ -102,7 +102,7 @@ def main():
         return
     names = SCRIPTS[args.lesson], "transformers.Trainer"
     speeds, accuracies = ([], []), ([], [])
-    for seed in range(args.runs):
+    for seed in range(args.seed, args.seed + args.runs):
         for side in (0, 1) if seed % 2 == 0 else (1, 0):
             command = [sys.executable, *sys.argv, f"--side={side}", f"--seed={seed}"]
             run = subprocess.run(command, capture_output=True, text=True)

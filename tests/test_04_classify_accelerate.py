@@ -5,11 +5,14 @@ import json
 import random
 import re
 import shutil
+import signal
+import time
 from collections import Counter
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
+import httpx2
 import numpy as np
 import pytest
 import torch
@@ -17,7 +20,7 @@ from accelerate.data_loader import BatchSamplerShard
 from accelerate.state import AcceleratorState, GradientState
 from conftest import LAUNCHERS, ROOT, read_metrics, run_main, run_script, started
 from matplotlib.image import imread
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, pipeline
@@ -68,7 +71,7 @@ def save_model(folder, kind, dropout=0.0, left=False):
     torch.manual_seed(0)
     sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
     drop = dict(hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
-    if kind in ("bert", "roberta"):
+    if kind in ("bert", "roberta", "distilbert"):
         vocab_size = save_word_tokenizer(folder, left)
         config = AutoConfig.for_model(
             kind, vocab_size=vocab_size, max_position_embeddings=66, pad_token_id=1, **sizes,
@@ -244,14 +247,14 @@ def test_plots_tensorboard_and_the_keys_of_the_log(whole):
     assert {*step} == {"step", "epoch", "train_loss", "learning_rate", "grad_norm", "val_loss",
                        "samples_per_second", "tokens_per_second", "val_accuracy", "val_macro_f1"}
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "bert", "roberta"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "bert", "roberta", "distilbert"])
 @pytest.mark.parametrize("left", [False, True])
 def test_a_padded_batch_has_the_logits_of_single_rows(kind, left, tmp_path):
     """Also where the tokenizer wants to pad on the left, and a text spells out the end token."""
     folder = save_model(tmp_path / kind, kind, left=left)
     config = lesson.Config(model=str(folder))
-    model, tokenizer, longest = lesson.load_classifier(config, ["a", "b", "c"])
-    assert longest == (256 if kind in ("gpt2", "llama") else 64)
+    model, tokenizer, longest, notes = lesson.load_classifier(config, ["a", "b", "c"])
+    assert not notes and longest == (256 if kind in ("gpt2", "llama") else 64)
     texts = ["the rain", "my day was so very sun", "a storm <|endoftext|>", "we [SEP]", ""]
     rows, cut = lesson.tokenize(tokenizer, [(text, 0) for text in texts], longest)
     batch = lesson.DataCollatorWithPadding(tokenizer, pad_to_multiple_of=32)(rows)
@@ -280,6 +283,17 @@ def test_the_export_of_lesson_02_trains_and_long_texts_are_cut_and_counted(
     assert "Mixed precision: bf16\n" in printed
     AutoModelForSequenceClassification.from_pretrained(folder / "classifier_output/final_model")
 
+def test_a_backbone_that_was_not_loaded_is_named(tmp_path):
+    load = lambda: lesson.load_classifier(lesson.Config(model=str(folder)), ["a", "b", "c"])
+    folder, other = save_model(tmp_path / "bert", "bert"), save_model(tmp_path / "gpt", "gpt2")
+    path = folder / "model.safetensors"
+    tensors = {name: x for name, x in load_file(path).items() if "pooler" not in name}
+    save_file(tensors, path, {"format": "pt"})
+    assert "lacks 2 of the 39 weights of its backbone" in load()[3][0]
+    shutil.copy(other / "model.safetensors", path)
+    with pytest.raises(ValueError, match=r"--model=.* has none of the weights of its backbone"):
+        load()
+
 # --- Restarts -------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
@@ -299,6 +313,39 @@ def test_a_resume_in_mid_epoch_ends_in_the_same_bits_with_dropout_too(dropout, t
     assert_same(folder, dropout, rel=0)
     own, expected = weights(folder), weights(dropout)
     assert own.keys() == expected.keys() and all(own[x].equal(expected[x]) for x in own)
+
+def test_final_model_may_be_newer_than_the_checkpoint(dropout, tmp_path):
+    """Killed after a good validation; the steps repeated with other rounding are not as good."""
+    folder = new_folder(tmp_path / "run", dropout)
+    rewind(folder)
+    model = folder / "classifier_output/final_model"
+    (model / "best.json").write_text('{"step": 38, "val_accuracy": 0.99}')
+    before = (model / "model.safetensors").read_bytes()
+    assert train_here(folder, "--batch_size=8", "--resume") == 0
+    assert (model / "model.safetensors").read_bytes() == before
+    assert re.search(r"step 38 of 40.*\s.*\(0.9900\)", (model / "README.md").read_text())
+
+def test_a_run_killed_before_its_card_has_one_record_of_the_test(whole, tmp_path):
+    folder = new_folder(tmp_path / "run", whole)
+    (folder / "classifier_output/final_model/README.md").unlink()
+    assert train_here(folder, "--batch_size=8", "--resume") == 0
+    assert_same(folder, whole, rel=0)
+
+def test_ctrl_c_ends_the_last_evaluation_which_resume_repeats(material, tmp_path):
+    folder, flags = new_folder(tmp_path / "run", material), ["--batch_size=1", "--max_steps=2"]
+    small = (folder / "test.jsonl").read_text()
+    (folder / "test.jsonl").write_text(small * 300)  # half a minute
+    with started(folder, NAME, *SMALL, *flags) as run:
+        while not (folder / "classifier_output/checkpoint").exists():
+            assert run.process.poll() is None
+            time.sleep(0.01)
+        time.sleep(1)
+        run.process.send_signal(signal.SIGINT)
+        assert run.process.wait(10) in (1, 143)
+    assert re.search("^(error: interrupted|stopped by).*; --resume goes", run.stderr + run.stdout,
+                     re.M)
+    (folder / "test.jsonl").write_text(small)
+    assert train_here(folder, *flags, "--resume") == 0 and report(folder)["split"] == "test"
 
 def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(dropout, tmp_path, capfd):
     folder = new_folder(tmp_path / "run", dropout)
@@ -357,6 +404,7 @@ GOOD = {"text": "rain", "label": "sad"}
     ([], {"train": [GOOD, {"text": "sun", "label": 1}] * 9}, r"all numbers or all texts"),
     ([], {"val": [GOOD, {"text": "x", "label": "awe"}]}, r"validation: .*'awe'.*no row of train"),
     (["--label_names=joy,sad"], {}, r"train: the label 'anger' has no name among"),
+    (["--label_names=[joy"], {}, r"--label_names=\[joy: .*; what works is joy,anger"),
     ([], {"train": [{"text": " ", "label": "a"}, {"text": "", "label": "b"}]}, r"two labels"),
     ([], {"val": [{"text": " ", "label": "sad"}]}, r"no rows for validation"),
     (["--batch_size=204"], {}, r"203 rows .* less than the 204"),
@@ -409,6 +457,16 @@ def test_numbers_as_labels_and_empty_texts_and_a_validation_split_of_each_class(
     config = json.loads((folder / "classifier_output/final_model/config.json").read_text())
     assert config["id2label"] == {str(i): name for i, name in enumerate(names)}
 
+def test_columns_without_a_value_are_not_chosen_and_a_null_is_an_empty_text(
+        material, tmp_path, capfd):
+    folder = new_folder(tmp_path / "run", material)
+    rows = [{"text": None, "label": None, "note": row["text"], "mood": row["label"]}
+            for row in make_rows(9, 60)]
+    write_rows(folder / "train.jsonl", [{**rows[0], "note": None}, *rows])
+    assert train_here(folder, "--validation_file=", "--test_file=", "--label_column=mood",
+                      "--max_steps=2", "--batch_size=8") == 0
+    assert "train.jsonl: 1 of 61 texts are empty" in capfd.readouterr().out
+
 def test_csv_and_sets_of_the_hub_come_through_datasets(material, tmp_path, capfd):
     datasets = pytest.importorskip("datasets")
     folder = new_folder(tmp_path / "run", material)
@@ -427,20 +485,36 @@ def test_csv_and_sets_of_the_hub_come_through_datasets(material, tmp_path, capfd
                       *flags) == 0
     assert report(folder)["names"] == ["joy", "sad", "anger"] and report(folder)["split"] == "test"
 
+def test_short_names_of_the_hub_become_full_ones(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names: names)
+    monkeypatch.setattr(lesson.huggingface_hub, "dataset_info", lambda name, **_: SimpleNamespace(
+        id=f"fancyzhx/{name}"))
+    assert lesson.load_dataset("ag_news:plain") == ("fancyzhx/ag_news", "plain")
+    assert lesson.load_dataset("me/ag_news") == ("me/ag_news",)
+
 def test_push_to_hub_makes_the_repository_before_and_fills_it_after(
-        material, tmp_path, monkeypatch):
+        material, tmp_path, monkeypatch, capfd):
     folder = new_folder(tmp_path / "run", material)
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     flags = ["--push_to_hub=mood", "--max_steps=2", "--batch_size=8"]
-    assert train_here(folder, *flags).startswith("error: ")  # offline
+    assert train_here(folder, *flags).startswith("error: --push_to_hub=mood: Offline")
     assert not (folder / "classifier_output/metrics.jsonl").exists()
     calls = []
+    def upload_folder(repo_id, folder_path):
+        calls.append((repo_id, (folder_path / "README.md").read_text()))
+        if len(calls) == 2:
+            raise httpx2.ConnectError("no route")
+        return "https://hub/me/mood"
     hub = lesson.huggingface_hub
-    monkeypatch.setattr(hub, "create_repo", lambda name, **_: calls.append(name) or SimpleNamespace(
-        repo_id=f"me/{name}"))
-    monkeypatch.setattr(hub, "upload_folder", lambda repo_id, folder_path: calls.append(
-        (repo_id, (folder_path / "README.md").read_text())))
-    assert train_here(folder, *flags) == 0
-    assert calls[0] == "mood" and calls[1][0] == "me/mood" and "train.jsonl" in calls[1][1]
+    monkeypatch.setattr(hub, "create_repo", lambda repo_id, **_: calls.append(
+        repo_id) or SimpleNamespace(repo_id=f"me/{repo_id}"))
+    monkeypatch.setattr(hub, "upload_folder", upload_folder)
+    error = train_here(folder, *flags)
+    assert error.startswith("error: --push_to_hub=me/mood: ConnectError: no route; ")
+    assert train_here(folder, *flags, "--resume") == 0  # a finished run is only uploaded
+    assert "; uploaded: https://hub/me/mood\n" in capfd.readouterr().out
+    assert calls[0] == calls[2] == "mood" and calls[1] == calls[3] and calls[1][0] == "me/mood"
+    assert "train.jsonl" in calls[1][1] and len(calls) == 4
     files = [path for path in (folder / "classifier_output").rglob("*") if path.is_file()]
     assert len(files) > 10 and not any(b"hf_secret" in path.read_bytes() for path in files)

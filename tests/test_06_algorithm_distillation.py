@@ -8,7 +8,9 @@ import math
 import random
 import re
 import shutil
+import signal
 import sys
+import time
 from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
@@ -176,6 +178,21 @@ def test_sigterm_ends_with_a_checkpoint_and_the_folder_is_locked_until_then(runs
     assert not (folder / "ad_output/final_model").exists()
     assert train_here(folder, *ALONE, "--resume") == 0
     assert f"resumed from step {step} " in capfd.readouterr().out
+    assert_same(folder, runs.whole.folder, rel=0)
+
+def test_ctrl_c_ends_the_last_rollouts_which_resume_repeats(runs, tmp_path):
+    folder = new_folder(tmp_path / "run", runs.whole.folder)
+    shutil.rmtree(folder / "ad_output/final_model")
+    with started(folder, NAME, *SMALL, *ALONE, "--n_episodes=3000", "--resume") as run:
+        while "resumed from step 20 " not in run.stdout:
+            assert run.process.poll() is None
+            time.sleep(0.01)
+        time.sleep(1)
+        run.process.send_signal(signal.SIGINT)
+        assert run.process.wait(10) in (1, 143)
+    assert re.search("^(error: interrupted|stopped by).*; --resume goes", run.stderr + run.stdout,
+                     re.M)
+    assert train_here(folder, *ALONE, "--resume") == 0
     assert_same(folder, runs.whole.folder, rel=0)
 
 def test_a_finished_run_is_neither_changed_nor_overwritten_unasked(runs, tmp_path, capfd):
