@@ -1,7 +1,6 @@
-"""What all tests of faults share: small material, one table of scripts, two processes at work."""
+"""What all tests of faults share: small material, one table of scripts, and ways to run them."""
 
 import json
-import os
 import sys
 import time
 import uuid
@@ -11,10 +10,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import psutil
-from conftest import ROOT, started
+from accelerate.state import AcceleratorState, GradientState
+from conftest import run_main, started
 
 import common
 
+ROOT = Path(__file__).parents[2]
 # 24 steps: a checkpoint after every third, an evaluation after every fourth.
 STEPS = ["--device=cpu", "--log_every=1", "--eval_every=4", "--save_every=3", "--max_steps=24",
          "--warmup_steps=2", "--output_dir=out", "--gradient_accumulation_steps=2"]
@@ -53,8 +54,9 @@ def command(script):
     return name, [*flags, *(x for x in STEPS if script not in NO_EVAL_EVERY or "eval" not in x)]
 
 @contextmanager
-def two_processes(folder, script, *flags, launcher="torchrun", **env):
-    """A Run by torchrun with a mark on all its processes, none of which outlives the block."""
+def launched(folder, script, *flags, launcher="torchrun", **env):
+    """A Run of two processes, or of one by launcher="python", with a mark on all of them. None of
+    them outlives the block."""
     name, given = command(script)
     env = {MARK: uuid.uuid4().hex, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} | env
     with started(folder, name, *given, *flags, launcher=launcher, nproc=2, **env) as run:
@@ -67,6 +69,13 @@ def two_processes(folder, script, *flags, launcher="torchrun", **env):
                     with suppress(psutil.NoSuchProcess):
                         process.kill()
                 time.sleep(0.01)
+
+def train_here(folder, script, *flags):
+    """One process, this one. Returns its exit code: 0 or the error line."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    name, given = command(script)
+    return run_main(folder, name, *given, f"--output_dir={folder / 'out'}", *flags)
 
 def marked(mark):
     """All processes of a run that are alive."""

@@ -1,5 +1,5 @@
-"""End training runs of two processes at random moments, start them again, compare with an undisturbed
-run: the same log, the same weights, nobody left alive. Adds up the counts in results/08_faults.md.
+"""End training runs of two processes at random moments, start them again, compare with undisturbed
+runs: the same log, the same weights, nobody left alive. Adds up the counts in results/08_faults.md.
 
     python tests/faults/kill.py --moments 10 [--script 02] [--seed 1]"""
 
@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import psutil
-from harness import ROOT, SCRIPTS, make_material, marked, none_left, outcome, two_processes, workers
+from harness import ROOT, SCRIPTS, launched, make_material, marked, none_left, outcome, workers
 
 PHASES = "start-up", "training", "evaluation", "checkpoint", "export"
 WAYS = "one rank", "all", "torchrun restarts", "SIGTERM", "SIGUSR1"
@@ -25,7 +25,7 @@ class Reference:
     """An undisturbed run: its outcome, and when it did what."""
     def __init__(self, folder, script):
         self.times, began = [], time.monotonic()
-        with two_processes(folder, script) as run:
+        with launched(folder, script) as run:
             while run.process.poll() is None:
                 if len(self.times) < len(run.metrics):
                     self.times.append(time.monotonic() - began)
@@ -83,7 +83,7 @@ def strike(way, run, script, rng):
 def disturb(script, folder, phase, way, rng, reference):
     """Returns (phase, seconds until it went on); AssertionError for what was lost."""
     restarts = way == "torchrun restarts"
-    with two_processes(folder, script, PET_MAX_RESTARTS="3" if restarts else "0") as run:
+    with launched(folder, script, PET_MAX_RESTARTS="3" if restarts else "0") as run:
         wait_for(phase, run, script, rng, reference)
         if restarts:
             until(run, lambda: len(workers(run, script)) == 2)
@@ -105,7 +105,7 @@ def disturb(script, folder, phase, way, rng, reference):
         assert not restarts or run.returncode == 0, run.stderr[-6000:]
     if not restarts:
         began = time.monotonic()
-        with two_processes(folder, script, "--resume") as run:
+        with launched(folder, script, "--resume") as run:
             until(run, lambda: "resumed from step" in run.stdout)
             recovery = time.monotonic() - began
             run.process.wait(120)
