@@ -95,9 +95,11 @@ def parse_config(config_class, presets):
     path = parser.parse_known_args()[0].config
     try:  # BaseLoader keeps all values as text: "no" is a precision, and no False
         from_file = yaml.load(Path(path).read_text("utf-8"), yaml.BaseLoader) if path else {}
-    except (yaml.YAMLError, UnicodeDecodeError):
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError):
         from_file = None
-    if not isinstance(from_file, dict):
+    if not isinstance(from_file, dict) or not all(
+            isinstance(x, str) for value in from_file.values()
+            for x in (value if isinstance(value, list) else [value])):
         raise ValueError(f"--config={path} must hold lines of the form flag: value")
     def as_flags(values):
         flags = []
@@ -134,7 +136,7 @@ def file_prompts(path):
             if messages[-1]["role"] != "user" or "user" in texts or not "".join(texts).encode():
                 raise ValueError
             yield messages
-        except (ValueError, LookupError, TypeError, AttributeError):
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             if line.strip():
                 bad.append(number)
     if bad:
@@ -169,7 +171,7 @@ def read_ids(path, known=None):
             if known is not None and (row_id in ids or row_id not in known):
                 raise ValueError
             ids.add(row_id)
-        except (ValueError, LookupError, TypeError):
+        except (ValueError, LookupError, TypeError, RecursionError):
             bad.append(number)
     if bad:
         raise ValueError(
@@ -251,7 +253,7 @@ def examine(keep_truncated, response):
         choice, usage = answer["choices"][0], dict(answer.get("usage") or {})
         refusal, text = choice["message"].get("refusal"), choice["message"].get("content") or ""
         refused, finish_reason = REFUSAL.match(text.strip()), choice.get("finish_reason")
-    except (ValueError, LookupError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         reason = "error in the body" if b'"error"' in response.content else "malformed body"
         return {"response": response.text, "usage": {}}, reason
     reason = ("content_filter" if finish_reason == "content_filter" else
@@ -395,6 +397,8 @@ def main():
     except (ValueError, OSError, httpx2.InvalidURL) as problem:
         sys.stderr.write(f"error: {' '.join(str(problem).split())}\n")
         sys.exit(1)
+    except KeyboardInterrupt:  # before the first request
+        sys.exit(130)
 
 if __name__ == "__main__":
     main()

@@ -24,6 +24,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 import zipfile
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
@@ -116,7 +117,7 @@ class Config:
     def __post_init__(self):
         for field in fields(self):
             name, value = field.name, getattr(self, field.name)
-            low, high = (min(field.default, 1), math.inf) if field.type is int else (0, 1)
+            low, high = (min(field.default, 1), 10**9) if field.type is int else (0, 1)
             high = 1e9 if name == "max_grad_norm" else high
             if field.type in (int, float) and not low <= value <= high:
                 raise ValueError(f"--{name}={value} must lie between {low} and {high}")
@@ -135,9 +136,11 @@ def parse_config(config_class, presets):
     path = parser.parse_known_args()[0].config
     try:  # BaseLoader keeps all values as text: "no" is a precision, and no False
         from_file = yaml.load(Path(path).read_text("utf-8"), yaml.BaseLoader) if path else {}
-    except (yaml.YAMLError, UnicodeDecodeError):
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError):
         from_file = None
-    if not isinstance(from_file, dict):
+    if not isinstance(from_file, dict) or not all(
+            isinstance(x, str) for value in from_file.values()
+            for x in (value if isinstance(value, list) else [value])):
         raise ValueError(f"--config={path} must hold lines of the form flag: value")
     def as_flags(values):
         flags = []
@@ -227,13 +230,18 @@ def sum_over_ranks(device, *values):
 def atomic_file(path, mode="wb", previous=None):
     """Open a file that gets its name only when it is whole and on disk, never half of it. What had
     the name before is kept as previous, if that is given."""
-    with open(f"{path}.unfinished", mode) as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
+    unfinished = Path(f"{path}.unfinished")
+    try:
+        with unfinished.open(mode) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as problem:  # torch.save() raises the latter on a full disk
+        unfinished.unlink(missing_ok=True)
+        raise OSError(f"{path} cannot be written, is there space? {problem}") from problem
     if previous and path.exists():
         os.replace(path, previous)
-    os.replace(f"{path}.unfinished", path)
+    unfinished.replace(path)
 # End of copied block: atomic_file
 
 # Copied between scripts: atomic_folder
@@ -243,7 +251,11 @@ def atomic_folder(path):
     unfinished = path.with_name(f"{path.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
-    yield unfinished
+    try:
+        yield unfinished
+    except Exception as problem:  # on a full disk, libraries raise many kinds
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise OSError(f"{path} cannot be written, is there space? {problem}") from problem
     shutil.rmtree(path, ignore_errors=True)
     unfinished.rename(path)
 # End of copied block: atomic_folder
@@ -268,7 +280,10 @@ def load_checkpoint(*paths):
         try:
             if zipfile.ZipFile(path).testzip():
                 raise zipfile.BadZipFile("checksum")
-            return torch.load(path, map_location="cpu", weights_only=True)
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            if not {"progress", "identity"} <= checkpoint.keys():
+                raise ValueError("another kind of file")
+            return checkpoint
         except Exception as problem:  # a damaged file can raise anything
             print(f"{path} is damaged and not used: {type(problem).__name__}", file=sys.stderr)
     if paths:
@@ -317,6 +332,21 @@ def catch_stop_signals():
     return received
 # End of copied block: catch_stop_signals
 
+# Copied between scripts: explain
+def explain(problem):
+    """The line for an error that a user can do something about; another one is raised again."""
+    text = " ".join(str(problem).split())
+    if isinstance(problem, KeyboardInterrupt):
+        return "interrupted; --resume goes on from the last checkpoint, if there is one"
+    if isinstance(problem, ValueError | OSError):
+        return text
+    if not isinstance(problem, dist.DistError) and "gloo" not in text:
+        raise problem
+    operation = traceback.extract_tb(problem.__traceback__)[-1].name
+    return (f"rank {os.environ.get('RANK', 0)} waited in {operation} for a process that is gone, "
+            f"stalls or cannot be reached; --resume goes on from the last checkpoint: {text}")
+# End of copied block: explain
+
 # Copied between scripts: leave_group
 def leave_group():
     """End together: rank 0 may still be writing."""
@@ -339,7 +369,9 @@ class MetricsLog:
         self.board = SummaryWriter(output_dir / "runs", purge_step=step + 1)
 
     def write(self, metrics):
-        print(json.dumps(metrics), file=self.file, flush=True)
+        record = {key: None if isinstance(x, float) and not math.isfinite(x) else x
+                  for key, x in metrics.items()}  # JSON knows neither NaN nor infinity
+        print(json.dumps(record), file=self.file, flush=True)
         shown = dict(metrics)
         for key, x in metrics.items():
             if not isinstance(x, list):
@@ -750,8 +782,6 @@ def main():
     try:
         config = parse_config(Config, PRESETS)
         sys.exit(train(config))
-    except (ValueError, OSError) as problem:
-        message = " ".join(str(problem).split())
     except torch.OutOfMemoryError:
         free, total = (size / 2**30 for size in torch.cuda.mem_get_info())
         less = "--gradient_checkpointing on --loss_chunks 8"
@@ -760,6 +790,8 @@ def main():
                     f"--gradient_accumulation_steps {config.gradient_accumulation_steps * 2}")
         message = (f"out of GPU memory, {total - free:.1f} of {total:.1f} GiB are taken; the same "
                    f"global batch takes less with {less}")
+    except (ValueError, OSError, RuntimeError, KeyboardInterrupt) as problem:
+        message = explain(problem)
     sys.stderr.write(f"error: {message}\n")  # in one piece: other ranks write here too
     sys.exit(1)
 

@@ -27,6 +27,7 @@ import signal
 import socket
 import sys
 import time
+import traceback
 import zipfile
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
@@ -99,9 +100,9 @@ class Config:
     def __post_init__(self):
         for field in fields(self):
             name, value = field.name, getattr(self, field.name)
-            low, high = (min(field.default, 1), math.inf) if field.type is int else (0, 1)
+            low, high = (min(field.default, 1), 10**9) if field.type is int else (0, 1)
             low, high = {"max_grad_norm": (0, 1e9), "temperature": (0.01, 100),
-                         "warmup_steps": (0, math.inf)}.get(name, (low, high))
+                         "warmup_steps": (0, 10**9)}.get(name, (low, high))
             if field.type in (int, float) and not low <= value <= high:
                 raise ValueError(f"--{name}={value} must lie between {low} and {high}")
         if not self.dataset_path:
@@ -121,9 +122,11 @@ def parse_config(config_class, presets):
     path = parser.parse_known_args()[0].config
     try:  # BaseLoader keeps all values as text: "no" is a precision, and no False
         from_file = yaml.load(Path(path).read_text("utf-8"), yaml.BaseLoader) if path else {}
-    except (yaml.YAMLError, UnicodeDecodeError):
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError):
         from_file = None
-    if not isinstance(from_file, dict):
+    if not isinstance(from_file, dict) or not all(
+            isinstance(x, str) for value in from_file.values()
+            for x in (value if isinstance(value, list) else [value])):
         raise ValueError(f"--config={path} must hold lines of the form flag: value")
     def as_flags(values):
         flags = []
@@ -213,13 +216,18 @@ def sum_over_ranks(device, *values):
 def atomic_file(path, mode="wb", previous=None):
     """Open a file that gets its name only when it is whole and on disk, never half of it. What had
     the name before is kept as previous, if that is given."""
-    with open(f"{path}.unfinished", mode) as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
+    unfinished = Path(f"{path}.unfinished")
+    try:
+        with unfinished.open(mode) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as problem:  # torch.save() raises the latter on a full disk
+        unfinished.unlink(missing_ok=True)
+        raise OSError(f"{path} cannot be written, is there space? {problem}") from problem
     if previous and path.exists():
         os.replace(path, previous)
-    os.replace(f"{path}.unfinished", path)
+    unfinished.replace(path)
 # End of copied block: atomic_file
 
 # Copied between scripts: atomic_folder
@@ -229,7 +237,11 @@ def atomic_folder(path):
     unfinished = path.with_name(f"{path.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
-    yield unfinished
+    try:
+        yield unfinished
+    except Exception as problem:  # on a full disk, libraries raise many kinds
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise OSError(f"{path} cannot be written, is there space? {problem}") from problem
     shutil.rmtree(path, ignore_errors=True)
     unfinished.rename(path)
 # End of copied block: atomic_folder
@@ -254,7 +266,10 @@ def load_checkpoint(*paths):
         try:
             if zipfile.ZipFile(path).testzip():
                 raise zipfile.BadZipFile("checksum")
-            return torch.load(path, map_location="cpu", weights_only=True)
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            if not {"progress", "identity"} <= checkpoint.keys():
+                raise ValueError("another kind of file")
+            return checkpoint
         except Exception as problem:  # a damaged file can raise anything
             print(f"{path} is damaged and not used: {type(problem).__name__}", file=sys.stderr)
     if paths:
@@ -303,6 +318,21 @@ def catch_stop_signals():
     return received
 # End of copied block: catch_stop_signals
 
+# Copied between scripts: explain
+def explain(problem):
+    """The line for an error that a user can do something about; another one is raised again."""
+    text = " ".join(str(problem).split())
+    if isinstance(problem, KeyboardInterrupt):
+        return "interrupted; --resume goes on from the last checkpoint, if there is one"
+    if isinstance(problem, ValueError | OSError):
+        return text
+    if not isinstance(problem, dist.DistError) and "gloo" not in text:
+        raise problem
+    operation = traceback.extract_tb(problem.__traceback__)[-1].name
+    return (f"rank {os.environ.get('RANK', 0)} waited in {operation} for a process that is gone, "
+            f"stalls or cannot be reached; --resume goes on from the last checkpoint: {text}")
+# End of copied block: explain
+
 # Copied between scripts: leave_group
 def leave_group():
     """End together: rank 0 may still be writing."""
@@ -325,7 +355,9 @@ class MetricsLog:
         self.board = SummaryWriter(output_dir / "runs", purge_step=step + 1)
 
     def write(self, metrics):
-        print(json.dumps(metrics), file=self.file, flush=True)
+        record = {key: None if isinstance(x, float) and not math.isfinite(x) else x
+                  for key, x in metrics.items()}  # JSON knows neither NaN nor infinity
+        print(json.dumps(record), file=self.file, flush=True)
         shown = dict(metrics)
         for key, x in metrics.items():
             if not isinstance(x, list):
@@ -405,8 +437,8 @@ def read_conversations(path):
                 {"role": "assistant", "content": row["response"]}]
             if len(messages) < 2 or messages[-1]["role"] != "assistant":
                 raise ValueError("the last of two messages or more must be the assistant's")
-            if not all(isinstance(message["content"], str) and message["content"].strip().encode()
-                       for message in messages):
+            if not all(isinstance(message[key], str) and message[key].strip().encode()
+                       for message in messages for key in ("role", "content")):
                 raise ValueError("a message is empty, or no text")
             if (row_id := row.get("id", f"of line {number}")) in ids:
                 raise ValueError(f"the id {row_id} came before")
@@ -414,7 +446,7 @@ def read_conversations(path):
             conversations.append(messages)
         except KeyError as problem:
             problems.append(f"line {number}: there is no {problem}")
-        except (ValueError, TypeError, AttributeError) as problem:
+        except (ValueError, TypeError, AttributeError, RecursionError) as problem:
             problems.append(f"line {number}: {problem}")
     if problems or not conversations:
         first = problems[0] if problems else "the file is empty"
@@ -590,8 +622,8 @@ def judge(model, tokenizer, rows, config, *place):
     longest = max(len(ids) - n_prompt for ids, n_prompt in asked)
     answers = answer(model, tokenizer, asked, longest, config, *place)
     rate = lambda key: sum(row[key] for row in answers) / len(answers)
-    return {"val_loss": val_loss, "perplexity": math.exp(val_loss), "stop_rate": rate("stopped"),
-            "exact_match": rate("exact")}, answers
+    return {"val_loss": val_loss, "perplexity": math.exp(min(val_loss, 700)),
+            "stop_rate": rate("stopped"), "exact_match": rate("exact")}, answers
 
 # Copied between scripts: write_answers
 def write_answers(path, answers):
@@ -868,10 +900,6 @@ def main():
         launched = {"RANK", "ACCELERATE_MIXED_PRECISION"} & {*os.environ} or int(
             os.environ.get("SLURM_NTASKS", 1)) > 1
         sys.exit(distill(config) if launched or world_size < 2 else start_workers(world_size))
-    except (ValueError, OSError) as problem:
-        message = " ".join(str(problem).split())
-    except KeyboardInterrupt:
-        message = "interrupted before the first step; nothing is lost"
     except torch.OutOfMemoryError:
         free, total = (size / 2**30 for size in torch.cuda.mem_get_info())
         less = "--gradient_checkpointing"
@@ -880,6 +908,8 @@ def main():
                      f"--gradient_accumulation_steps {config.gradient_accumulation_steps * 2}")
         message = (f"out of GPU memory, {total - free:.1f} of {total:.1f} GiB are taken; the same "
                    f"global batch takes less with {less}")
+    except (ValueError, OSError, RuntimeError, KeyboardInterrupt) as problem:
+        message = explain(problem)
     sys.stderr.write(f"error: {message}\n")  # in one piece: other ranks write here too
     sys.exit(1)
 

@@ -26,6 +26,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
@@ -99,7 +100,7 @@ class Config:
     def __post_init__(self):
         for field in fields(self):
             name, value = field.name, getattr(self, field.name)
-            low, high = (min(field.default, 1), math.inf) if field.type is int else (0, 1)
+            low, high = (min(field.default, 1), 10**9) if field.type is int else (0, 1)
             low = 0 if name == "warmup_steps" else low
             high = 1e9 if name == "max_grad_norm" else high
             if field.type in (int, float) and not low <= value <= high:
@@ -121,9 +122,11 @@ def parse_config(config_class, presets):
     path = parser.parse_known_args()[0].config
     try:  # BaseLoader keeps all values as text: "no" is a precision, and no False
         from_file = yaml.load(Path(path).read_text("utf-8"), yaml.BaseLoader) if path else {}
-    except (yaml.YAMLError, UnicodeDecodeError):
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError):
         from_file = None
-    if not isinstance(from_file, dict):
+    if not isinstance(from_file, dict) or not all(
+            isinstance(x, str) for value in from_file.values()
+            for x in (value if isinstance(value, list) else [value])):
         raise ValueError(f"--config={path} must hold lines of the form flag: value")
     def as_flags(values):
         flags = []
@@ -176,13 +179,18 @@ def on_rank_0(action, *arguments):
 def atomic_file(path, mode="wb", previous=None):
     """Open a file that gets its name only when it is whole and on disk, never half of it. What had
     the name before is kept as previous, if that is given."""
-    with open(f"{path}.unfinished", mode) as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
+    unfinished = Path(f"{path}.unfinished")
+    try:
+        with unfinished.open(mode) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as problem:  # torch.save() raises the latter on a full disk
+        unfinished.unlink(missing_ok=True)
+        raise OSError(f"{path} cannot be written, is there space? {problem}") from problem
     if previous and path.exists():
         os.replace(path, previous)
-    os.replace(f"{path}.unfinished", path)
+    unfinished.replace(path)
 # End of copied block: atomic_file
 
 # Copied between scripts: atomic_folder
@@ -192,7 +200,11 @@ def atomic_folder(path):
     unfinished = path.with_name(f"{path.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
-    yield unfinished
+    try:
+        yield unfinished
+    except Exception as problem:  # on a full disk, libraries raise many kinds
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise OSError(f"{path} cannot be written, is there space? {problem}") from problem
     shutil.rmtree(path, ignore_errors=True)
     unfinished.rename(path)
 # End of copied block: atomic_folder
@@ -219,6 +231,21 @@ def catch_stop_signals():
     return received
 # End of copied block: catch_stop_signals
 
+# Copied between scripts: explain
+def explain(problem):
+    """The line for an error that a user can do something about; another one is raised again."""
+    text = " ".join(str(problem).split())
+    if isinstance(problem, KeyboardInterrupt):
+        return "interrupted; --resume goes on from the last checkpoint, if there is one"
+    if isinstance(problem, ValueError | OSError):
+        return text
+    if not isinstance(problem, dist.DistError) and "gloo" not in text:
+        raise problem
+    operation = traceback.extract_tb(problem.__traceback__)[-1].name
+    return (f"rank {os.environ.get('RANK', 0)} waited in {operation} for a process that is gone, "
+            f"stalls or cannot be reached; --resume goes on from the last checkpoint: {text}")
+# End of copied block: explain
+
 # Copied between scripts: leave_group
 def leave_group():
     """End together: rank 0 may still be writing."""
@@ -241,7 +268,9 @@ class MetricsLog:
         self.board = SummaryWriter(output_dir / "runs", purge_step=step + 1)
 
     def write(self, metrics):
-        print(json.dumps(metrics), file=self.file, flush=True)
+        record = {key: None if isinstance(x, float) and not math.isfinite(x) else x
+                  for key, x in metrics.items()}  # JSON knows neither NaN nor infinity
+        print(json.dumps(record), file=self.file, flush=True)
         shown = dict(metrics)
         for key, x in metrics.items():
             if not isinstance(x, list):
@@ -318,7 +347,7 @@ def json_object(line):
     """The dict that a line of JSON holds; None if it holds no such thing, or is not UTF-8."""
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return row if isinstance(row, dict) else None
 
@@ -576,7 +605,11 @@ def save_state(accelerator, progress, output_dir):
             folder.rename(previous)
         unfinished.rename(folder)
     on_rank_0(shutil.rmtree, unfinished, True)
-    accelerator.save_state(unfinished)  # weights by rank 0, random states by every process
+    try:
+        accelerator.save_state(unfinished)  # weights by rank 0, random states by every process
+    except Exception as problem:  # on a full disk, libraries raise many kinds
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise OSError(f"{folder} cannot be written, is there space? {problem}") from problem
     accelerator.wait_for_everyone()
     on_rank_0(finish)
 
@@ -653,6 +686,7 @@ The weights are those of step {best["step"]} of {step}, where validation accurac
 ({best["val_accuracy"]:.4f}).\n\n{table}\n""")
     print(table, flush=True)
 
+# Copied between scripts: on_hub
 def on_hub(action, repo_id, **settings):
     """What the hub answers. Its errors are of many kinds; they become a ValueError."""
     try:
@@ -660,6 +694,7 @@ def on_hub(action, repo_id, **settings):
     except Exception as problem:
         raise ValueError(f"--push_to_hub={repo_id}: {type(problem).__name__}: {problem}; when the "
                          "training is finished, --resume tries the upload again") from None
+# End of copied block: on_hub
 
 def fine_tune(config):
     """Returns the exit code: 0, or 143 after a signal that asked to stop."""
@@ -865,13 +900,11 @@ def main():
     try:
         config = parse_config(Config, {})
         sys.exit(fine_tune(config))
-    except (ValueError, OSError) as problem:
-        message = " ".join(str(problem).split())
-    except KeyboardInterrupt:
-        message = "interrupted; --resume goes on from the last checkpoint, if there is one"
     except torch.OutOfMemoryError:
         message = (f"out of GPU memory; half the --batch_size {config.batch_size} with twice the "
                    "--gradient_accumulation_steps gives the same, so does --gradient_checkpointing")
+    except (ValueError, OSError, RuntimeError, KeyboardInterrupt) as problem:
+        message = explain(problem)
     sys.stderr.write(f"error: {message}\n")  # in one piece: other ranks write here too
     sys.exit(1)
 

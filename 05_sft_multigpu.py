@@ -4,8 +4,7 @@ You learn   what a chat template is, and how it tells the tokens that are learne
             are given; why a loss over several GPUs is divided by the tokens of the global batch;
             how short conversations share a row without seeing one another; when a model stops
 Run it      torchrun --nproc_per_node=4 05_sft_multigpu.py             # SmolLM2-135M, 1000 steps
-            torchrun --nproc_per_node=2 05_sft_multigpu.py --model ./gpt_output/final_model \\
-                --dataset chats.jsonl                                  # no network, no GPU
+            torchrun --nproc_per_node=2 05_sft_multigpu.py --model FOLDER --dataset chats.jsonl
 Expect      EXPECT
 Reads       --dataset: a set of the Hugging Face hub, or JSONL, JSON, Parquet with messages,
             conversations (ShareGPT), prompt and response, or instruction, input and output
@@ -27,6 +26,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 import zipfile
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
@@ -104,7 +104,7 @@ class Config:
     def __post_init__(self):
         for field in fields(self):
             name, value = field.name, getattr(self, field.name)
-            low, high = (min(field.default, 1), math.inf) if field.type is int else (0, 1)
+            low, high = (min(field.default, 1), 10**9) if field.type is int else (0, 1)
             low = {"warmup_steps": 0, "max_length": 2}.get(name, low)
             high = 1e9 if name == "max_grad_norm" else high
             if field.type in (int, float) and not low <= value <= high:
@@ -128,9 +128,11 @@ def parse_config(config_class, presets):
     path = parser.parse_known_args()[0].config
     try:  # BaseLoader keeps all values as text: "no" is a precision, and no False
         from_file = yaml.load(Path(path).read_text("utf-8"), yaml.BaseLoader) if path else {}
-    except (yaml.YAMLError, UnicodeDecodeError):
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError):
         from_file = None
-    if not isinstance(from_file, dict):
+    if not isinstance(from_file, dict) or not all(
+            isinstance(x, str) for value in from_file.values()
+            for x in (value if isinstance(value, list) else [value])):
         raise ValueError(f"--config={path} must hold lines of the form flag: value")
     def as_flags(values):
         flags = []
@@ -220,13 +222,18 @@ def sum_over_ranks(device, *values):
 def atomic_file(path, mode="wb", previous=None):
     """Open a file that gets its name only when it is whole and on disk, never half of it. What had
     the name before is kept as previous, if that is given."""
-    with open(f"{path}.unfinished", mode) as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
+    unfinished = Path(f"{path}.unfinished")
+    try:
+        with unfinished.open(mode) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as problem:  # torch.save() raises the latter on a full disk
+        unfinished.unlink(missing_ok=True)
+        raise OSError(f"{path} cannot be written, is there space? {problem}") from problem
     if previous and path.exists():
         os.replace(path, previous)
-    os.replace(f"{path}.unfinished", path)
+    unfinished.replace(path)
 # End of copied block: atomic_file
 
 # Copied between scripts: atomic_folder
@@ -236,7 +243,11 @@ def atomic_folder(path):
     unfinished = path.with_name(f"{path.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
-    yield unfinished
+    try:
+        yield unfinished
+    except Exception as problem:  # on a full disk, libraries raise many kinds
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise OSError(f"{path} cannot be written, is there space? {problem}") from problem
     shutil.rmtree(path, ignore_errors=True)
     unfinished.rename(path)
 # End of copied block: atomic_folder
@@ -261,7 +272,10 @@ def load_checkpoint(*paths):
         try:
             if zipfile.ZipFile(path).testzip():
                 raise zipfile.BadZipFile("checksum")
-            return torch.load(path, map_location="cpu", weights_only=True)
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            if not {"progress", "identity"} <= checkpoint.keys():
+                raise ValueError("another kind of file")
+            return checkpoint
         except Exception as problem:  # a damaged file can raise anything
             print(f"{path} is damaged and not used: {type(problem).__name__}", file=sys.stderr)
     if paths:
@@ -310,6 +324,21 @@ def catch_stop_signals():
     return received
 # End of copied block: catch_stop_signals
 
+# Copied between scripts: explain
+def explain(problem):
+    """The line for an error that a user can do something about; another one is raised again."""
+    text = " ".join(str(problem).split())
+    if isinstance(problem, KeyboardInterrupt):
+        return "interrupted; --resume goes on from the last checkpoint, if there is one"
+    if isinstance(problem, ValueError | OSError):
+        return text
+    if not isinstance(problem, dist.DistError) and "gloo" not in text:
+        raise problem
+    operation = traceback.extract_tb(problem.__traceback__)[-1].name
+    return (f"rank {os.environ.get('RANK', 0)} waited in {operation} for a process that is gone, "
+            f"stalls or cannot be reached; --resume goes on from the last checkpoint: {text}")
+# End of copied block: explain
+
 # Copied between scripts: leave_group
 def leave_group():
     """End together: rank 0 may still be writing."""
@@ -332,7 +361,9 @@ class MetricsLog:
         self.board = SummaryWriter(output_dir / "runs", purge_step=step + 1)
 
     def write(self, metrics):
-        print(json.dumps(metrics), file=self.file, flush=True)
+        record = {key: None if isinstance(x, float) and not math.isfinite(x) else x
+                  for key, x in metrics.items()}  # JSON knows neither NaN nor infinity
+        print(json.dumps(record), file=self.file, flush=True)
         shown = dict(metrics)
         for key, x in metrics.items():
             if not isinstance(x, list):
@@ -414,8 +445,8 @@ def open_dataset(source, dataset_config=""):
         def parse(line):
             try:
                 return json.loads(line)
-            except ValueError as problem:
-                return problem
+            except (ValueError, RecursionError) as problem:
+                return ValueError(problem)
         return [(f"{path}:{n}", parse(x)) for n, x in enumerate(open(path, "rb"), 1) if x.strip()]
     try:
         if path.suffix == ".json":
@@ -745,9 +776,15 @@ def export_model(model, tokenizer, output_dir, ylabel, keys):
     return ", ".join(f"{key} {last[f'before_{key}']:.4g} -> {last[key]:.4g}" for key in keys)
 # End of copied block: export_model
 
-def push(name, folder):
-    """Upload final_model to the hub."""
-    huggingface_hub.upload_folder(repo_id=name, folder_path=folder)
+# Copied between scripts: on_hub
+def on_hub(action, repo_id, **settings):
+    """What the hub answers. Its errors are of many kinds; they become a ValueError."""
+    try:
+        return action(repo_id=repo_id, **settings)
+    except Exception as problem:
+        raise ValueError(f"--push_to_hub={repo_id}: {type(problem).__name__}: {problem}; when the "
+                         "training is finished, --resume tries the upload again") from None
+# End of copied block: on_hub
 
 # --- Step 4. Training ----------------------------------------------------------------------------
 
@@ -815,8 +852,8 @@ def tune(config):
     lock = filelock.FileLock(output_dir / ".lock")  # rank 0 holds it as long as this name lives
     on_rank_0(claim_output_dir, output_dir, lock, resume or config.overwrite)
     if config.push_to_hub:  # a token that may not write shows before the training, not after it
-        config = replace(config, push_to_hub=on_rank_0(lambda: huggingface_hub.create_repo(
-            config.push_to_hub, private=True, exist_ok=True).repo_id))
+        config = replace(config, push_to_hub=on_rank_0(lambda: on_hub(
+            huggingface_hub.create_repo, config.push_to_hub, private=True, exist_ok=True).repo_id))
     if is_main:
         padding = lambda lengths: padding_share(
             lengths, epoch_batches(lengths, global_batch_size, config.seed, 0), config.batch_size)
@@ -961,11 +998,13 @@ def tune(config):
         keys = ["val_loss", "val_token_accuracy", "stop_rate"]
         result = on_rank_0(export_model, model, tokenizer, output_dir,
                            "loss (nats per learned token)", keys)
-        if config.push_to_hub:
-            on_rank_0(push, config.push_to_hub, output_dir / "final_model")
         minutes = (time.perf_counter() - began) / 60
         end = (f"done: {result} in {minutes:.1f} min; {output_dir} has final_model, loss.png, "
                "loss.pdf, answers_before.jsonl, answers_after.jsonl, metrics.jsonl, runs")
+    if config.push_to_hub and not stop:
+        end += "; uploaded: " + on_rank_0(lambda: str(on_hub(
+            huggingface_hub.upload_folder, config.push_to_hub,
+            folder_path=output_dir / "final_model")))
     if is_main:
         print(end, flush=True)
     leave_group()
@@ -977,10 +1016,6 @@ def main():
     try:
         config = parse_config(Config, {})
         sys.exit(tune(config))
-    except (ValueError, OSError) as problem:
-        message = " ".join(str(problem).split())
-    except KeyboardInterrupt:
-        message = "interrupted before the first step; nothing is lost"
     except torch.OutOfMemoryError:
         free, total = (size / 2**30 for size in torch.cuda.mem_get_info())
         less = "--gradient_checkpointing"
@@ -989,6 +1024,8 @@ def main():
                      f"--gradient_accumulation_steps {config.gradient_accumulation_steps * 2}")
         message = (f"out of GPU memory, {total - free:.1f} of {total:.1f} GiB are taken; the same "
                    f"global batch takes less with {less}")
+    except (ValueError, OSError, RuntimeError, KeyboardInterrupt) as problem:
+        message = explain(problem)
     sys.stderr.write(f"error: {message}\n")  # in one piece: other ranks write here too
     sys.exit(1)
 

@@ -408,7 +408,7 @@ GOOD = {"text": "rain", "label": "sad"}
     ([], {"train": [{"text": " ", "label": "a"}, {"text": "", "label": "b"}]}, r"two labels"),
     ([], {"val": [{"text": " ", "label": "sad"}]}, r"no rows for validation"),
     (["--batch_size=204"], {}, r"203 rows .* less than the 204"),
-    (["--batch_size=0"], {}, r"--batch_size=0 must lie between 1 and inf"),
+    (["--batch_size=0"], {}, r"--batch_size=0 must lie between 1 and 1000000000"),
     (["--precision=fp16"], {}, r"--precision=fp16 needs a CUDA GPU; use bf16 or fp32"),
     (["--device=cuda"], {}, r"--device=cuda needs a GPU per process, here are 0"),
     (["--model=none/such"], {}, r"--model=none/such: .*--model ./gpt_output/final_model"),

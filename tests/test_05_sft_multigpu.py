@@ -295,8 +295,8 @@ def test_no_steps_evaluate_and_export(kit, tmp_path):
 def test_final_model_is_pushed_to_the_hub(kit, tmp_path, monkeypatch):
     calls = []
     monkeypatch.setenv("HF_TOKEN", "hf_marked")
-    monkeypatch.setattr(lesson.huggingface_hub, "create_repo", lambda name, **given: (
-        calls.append((name, given)), type("Url", (), {"repo_id": f"me/{name}"}))[1])
+    monkeypatch.setattr(lesson.huggingface_hub, "create_repo", lambda repo_id, **given: (
+        calls.append((repo_id, given)), type("Url", (), {"repo_id": f"me/{repo_id}"}))[1])
     monkeypatch.setattr(lesson.huggingface_hub, "upload_folder", lambda **given: calls.append(
         {given["repo_id"], *(path.name for path in given["folder_path"].iterdir())}))
     assert tune_here(tmp_path, kit, max_steps=1, push_to_hub="mine") == 0

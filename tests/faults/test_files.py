@@ -1,0 +1,165 @@
+"""Checkpoints that are damaged, foreign or hostile; a full disk; a folder that became read-only."""
+
+import importlib
+import random
+import re
+import shutil
+import subprocess
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from harness import SCRIPTS, command, launched, make_material, outcome, train_here
+
+SLOW = pytest.mark.slow
+ALL = ["02", *(pytest.param(script, marks=SLOW) for script in SCRIPTS if script != "02")]
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of an undisturbed run of one process, made when it is first asked for."""
+    folders = {}
+    def folder_of(script):
+        if script not in folders:
+            folders[script] = tmp_path_factory.mktemp(script) / "run"
+            torch.manual_seed(0)
+            make_material(folders[script])
+            assert train_here(folders[script], script) == 0
+        return folders[script]
+    return folder_of
+
+def lesson_of(script):
+    return importlib.import_module(command(script)[0].removesuffix(".py"))
+
+def checkpoint_files(folder, script, which="checkpoint"):
+    path = folder / "out" / (f"{which}.pt" if script != "04" else which)
+    return [*path.iterdir()] if path.is_dir() else [path]
+
+class Intruder:
+    def __reduce__(self):
+        return Path.touch, (Path("executed"),)
+
+def cut(path, rng):
+    data = path.read_bytes()
+    path.write_bytes(data[: rng.randrange(len(data))])
+
+def flip(path, rng):
+    data = bytearray(path.read_bytes())
+    data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    path.write_bytes(data)
+
+def empty(path, rng):
+    path.write_bytes(b"")
+
+def foreign(path, rng):
+    torch.save(rng.choice([{"weight": torch.ones(3)}, [1, 2], torch.ones(2), "text"]), path)
+
+def code(path, rng):
+    torch.save({"progress": {"step": 24}, "identity": {}, "model": Intruder()}, path)
+
+def zeros(path, rng):
+    """As a file system may leave it after a loss of power."""
+    data = bytearray(path.read_bytes())
+    start = rng.randrange(len(data))
+    data[start : start + 4096] = bytes(len(data[start : start + 4096]))
+    path.write_bytes(data)
+
+@pytest.mark.parametrize("script", ALL)
+def test_damaged_checkpoints_are_never_used_nor_executed(script, finished, tmp_path, capfd):
+    """Whatever is done to the newest checkpoint, the run ends in the same bits; with both damaged,
+    it says so in one line."""
+    for number, damage in enumerate([cut, flip, empty, foreign, code, zeros]):
+        seed = random.randrange(10**6)
+        print("damage", damage.__name__, "seed", seed)
+        rng, folder = random.Random(seed), tmp_path / str(number)
+        shutil.copytree(finished(script), folder)
+        shutil.rmtree(folder / "out/final_model")
+        path = rng.choice(checkpoint_files(folder, script))
+        before = path.read_bytes()
+        damage(path, rng)
+        harmless = path.read_bytes() == before or damage in (flip, zeros)  # between its parts
+        capfd.readouterr()
+        assert train_here(folder, script, "--resume") == 0
+        err = capfd.readouterr().err
+        assert "damaged and not used" in err or harmless
+        assert outcome(folder) == outcome(finished(script))
+        for which in ("checkpoint", "checkpoint.previous"):
+            for path in checkpoint_files(folder, script, which):
+                code(path, rng)
+        error = train_here(folder, script, "--resume")
+        assert re.match("error: .*checkpoint.* cannot be read; --overwrite", error)
+        assert not [*folder.rglob("executed")] and not Path("executed").exists()
+
+@pytest.mark.parametrize(("script", "other"), [
+    ("02", "06"), pytest.param("03", "02", marks=SLOW), pytest.param("06", "03", marks=SLOW)])
+def test_the_checkpoint_of_another_lesson_is_refused(script, other, finished, tmp_path):
+    folder = shutil.copytree(finished(script), tmp_path / "run")
+    shutil.copy(finished(other) / "out/checkpoint.pt", folder / "out")
+    error = train_here(folder, script, "--resume")
+    assert re.match("error: checkpoint.pt is of a run with ", error)
+
+def run_as_root(*words):
+    try:
+        problem = subprocess.run(words, capture_output=True, text=True)
+    except OSError as error:
+        pytest.skip(f"{words[0]} is not here: {error}")
+    if problem.returncode:
+        pytest.skip(f"not permitted here: {' '.join(map(str, words))}: {problem.stderr}")
+
+@contextmanager
+def small_disk(path, kib):
+    path.mkdir()
+    run_as_root("mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", path)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", path], check=True)
+
+def assert_clean_stop(run, folder, script, capfd):
+    """One error line, and no checkpoint that could not be used."""
+    name = command(script)[0]
+    assert run.returncode == 1 and f'{name}", line' not in run.stderr, run.stderr[-3000:]
+    assert re.search(r"^error: .*(space left|is there space)", run.stderr, re.M | re.I)
+    print(run.stderr.splitlines()[-1])
+    assert not [*folder.glob("out/*.unfinished")]
+    capfd.readouterr()
+    if script == "04":
+        lesson_of(script).find_state(folder / "out")
+    else:
+        lesson_of(script).load_checkpoint(*folder.glob("out/checkpoint*.pt"))
+    assert "damaged" not in capfd.readouterr().err
+
+@pytest.mark.parametrize("trial", [0, *(pytest.param(i, marks=SLOW) for i in range(1, 10))])
+@pytest.mark.parametrize("script", ALL)
+def test_a_full_disk_costs_nothing_but_a_start(script, trial, finished, tmp_path, capfd):
+    """It becomes full at a random moment; with more space, the run goes on and ends the same."""
+    sizes = [path.stat().st_size for path in (finished(script) / "out").rglob("*")]
+    kib = random.randrange(sum(sizes) // 10, sum(sizes)) // 1024
+    print("disk of", kib, "of", sum(sizes) // 1024, "KiB")
+    folder = shutil.copytree(finished(script), tmp_path / "run", ignore=lambda *_: ["out"])
+    with small_disk(folder / "out", kib):
+        with launched(folder, script, launcher="python") as run:
+            run.process.wait(120)
+        if run.returncode:  # else it did fit: files are sparse, or the peak was lower
+            assert_clean_stop(run, folder, script, capfd)
+            run_as_root("mount", "-o", "remount,size=64m", folder / "out")
+            assert train_here(folder, script, "--resume") == 0
+        assert outcome(folder) == outcome(finished(script))
+
+@pytest.mark.parametrize("script", [pytest.param(script, marks=SLOW) for script in SCRIPTS])
+def test_a_folder_that_becomes_read_only_costs_nothing_but_a_start(
+        script, finished, tmp_path, capfd):
+    step = random.randrange(1, 24)
+    print("read-only after step", step)
+    folder = shutil.copytree(finished(script), tmp_path / "run", ignore=lambda *_: ["out"])
+    with launched(folder, script, launcher="python") as run:
+        run.wait_for_step(step)
+        run_as_root("chattr", "+i", folder / "out")
+        try:
+            run.process.wait(120)
+            assert train_here(folder, script, "--resume").startswith("error: ")
+        finally:
+            subprocess.run(["chattr", "-i", folder / "out"], check=True)
+    assert_clean_stop(run, folder, script, capfd)
+    assert train_here(folder, script, "--resume") == 0
+    assert outcome(folder) == outcome(finished(script))
