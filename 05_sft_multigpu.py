@@ -549,8 +549,9 @@ def encode_chats(chats, tokenizer, max_length):
     the end of the turn included, and -100 elsewhere. A chat longer than max_length is cut after the
     last turn that fits; None stands where not even the first one does. Nothing is masked by its id:
     where padding and end are one token, the end would never be learned."""
-    rows, cut = [], 0
-    for number, messages in enumerate(tqdm(chats, "tokenising", delay=2, disable=None), start=1):
+    rows, cut, disable = [], 0, True if os.environ.get("RANK", "0") != "0" else None
+    bar = tqdm(chats, "tokenising", delay=2, disable=disable)
+    for number, messages in enumerate(bar, start=1):
         try:
             ids, learned = (np.array(x) for x in mark_turns(messages, tokenizer))
         except (jinja2.TemplateError, ValueError, TypeError, NotImplementedError) as problem:
@@ -585,7 +586,9 @@ def prepare_tokenizer(model, tokenizer, seed):
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[-1])
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model.config.eos_token_id = model.generation_config.eos_token_id = ends[-1]
-    model.generation_config.suppress_tokens = None  # of 02: ids that had no token
+    last, known = max(tokenizer.get_vocab().values()), model.get_input_embeddings().num_embeddings
+    unused = list(range(last + 1, known))  # ids that are no token
+    model.generation_config.suppress_tokens = unused or None
 
 def pack_chats(chats, capacity):
     """Rows, lists of chats that have capacity input tokens or less together: each chat, the longest

@@ -215,6 +215,7 @@ def test_new_tokens_get_rows_near_the_mean_and_a_multiple_of_64(kit):
     assert len(tokenizer) == 259 and new.shape[0] == 320
     assert torch.equal(new[:257], old)
     assert (new[257:259] - old.mean(0)).norm(dim=1).max() < old.norm(dim=1).min() / 2
+    assert model.generation_config.suppress_tokens == list(range(259, 320))
     again = load(kit)[0].get_input_embeddings().weight
     assert torch.equal(new, again)
 
