@@ -544,7 +544,8 @@ def build_optimizer(config, model):
 def build_accelerator(config):
     """Join the processes. What no flag says stays as accelerate config has it."""
     if "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1:
-        raise ValueError("SLURM_NTASKS > 1 without RANK: start one task per node, torchrun in it")
+        raise ValueError("SLURM_NTASKS > 1 without RANK: each task would train alone; one torchrun "
+                         "per node starts them together, see multi_gpu_train.slurm")
     gpus, world_size = torch.cuda.device_count(), int(os.environ.get("WORLD_SIZE", 1))
     cpu = config.device == "cpu" or (config.device == "auto" and not gpus)
     if not cpu and int(os.environ.get("LOCAL_RANK", 0)) >= gpus:
