@@ -156,7 +156,8 @@ def setup_distributed(device, backend, timeout_seconds):
     LOCAL_RANK (which GPU of this machine, nothing else), MASTER_ADDR and _PORT (where they meet).
     Returns (rank, world_size, device). Raises ValueError for what this machine does not have."""
     if "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1:
-        raise ValueError("SLURM_NTASKS > 1 without RANK: start one task per node, torchrun in it")
+        raise ValueError("SLURM_NTASKS > 1 without RANK: each task would train alone; one torchrun "
+                         "per node starts them together, see multi_gpu_train.slurm")
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if device == "auto":
