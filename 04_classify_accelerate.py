@@ -524,7 +524,9 @@ def load_classifier(config, names):
     model.config.use_cache = False
     model.train()  # from_pretrained has switched dropout off
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable = getattr(model, "activation_checkpointing_enable",  # the name in transformers 5.23
+                         model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
     table = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
     first = (getattr(table, "padding_idx", None) or -1) + 1  # RoBERTa's positions begin after it
     positions = getattr(model.config, "max_position_embeddings", math.inf) - first

@@ -763,6 +763,7 @@ def write_answers(path, answers):
     """All as JSONL into path; ten of them to the terminal."""
     with atomic_file(path) as file:
         file.writelines(f"{json.dumps(row, ensure_ascii=False)}\n".encode() for row in answers)
+    print(f"the first of {len(answers)} answers in {path}:")
     for row in answers[:10]:
         print(f"  {row['prompt'][-80:]!r} -> {row['answer'][:80]!r}", flush=True)
 # End of copied block: write_answers
@@ -874,7 +875,9 @@ def tune(config):
               f"epoch, {total_steps} in all; {precision} on {device}", flush=True)
 
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable = getattr(model, "activation_checkpointing_enable",  # the name in transformers 5.23
+                         model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
     groups = [{"params": [p for p in model.parameters() if p.dim() >= 2]},
               {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, config.learning_rate, weight_decay=config.weight_decay,
