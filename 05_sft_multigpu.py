@@ -5,7 +5,7 @@ You learn   what a chat template is, and how it tells the tokens that are learne
             how short conversations share a row without seeing one another; when a model stops
 Run it      torchrun --nproc_per_node=4 05_sft_multigpu.py             # SmolLM2-135M, 1000 steps
             torchrun --nproc_per_node=2 05_sft_multigpu.py --model FOLDER --dataset chats.jsonl
-Expect      done: val_loss 9.969 -> 4.287, val_token_accuracy 0.02561 -> 0.4569, stop_rate 0 -> 1, ...
+Expect      done: val_loss 9.969 -> 4.287, val_token_accuracy 0.02561 -> 0.4569, ...
             (a base model of 29 M from 02, 990 chats, 4 epochs in 2.7 min on 2 CPU cores, torch
             2.13.0, 2026-11-21; commands in results/05_sft.md)
 Reads       --dataset: a set of the Hugging Face hub, or JSONL, JSON, Parquet with messages,
