@@ -1,12 +1,16 @@
 """What README and the docstrings tell people to type exists: flags, files, links."""
 
 import importlib.util
+import os
 import re
 import shlex
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import free_port
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("[0-9][0-9]_*.py"))]
@@ -42,3 +46,42 @@ def test_commands_are_found_in_readme_and_in_every_script():
 def test_relative_links_exist():
     links = LINK.findall((ROOT / "README.md").read_text(encoding="utf-8"))
     assert links and [link for link in links if not (ROOT / link).exists()] == []
+
+
+def blocks(pattern):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    return [x for x in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) if pattern in x]
+
+
+def run_block(block, folder):
+    """As a reader would: copied into a shell, in a folder with the scripts."""
+    for script in [ROOT / "common.py", *ROOT.glob("[0-9][0-9]_*.py")]:
+        shutil.copy(script, folder)
+    env = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    block = "trap 'kill $(jobs -p) 2> /dev/null' EXIT\n" + block  # leaves no server behind
+    return subprocess.run(["bash", "-e", "-c", block], cwd=folder, env=env, text=True, timeout=600,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT).stdout
+
+
+def test_the_check_of_several_gpus_runs(tmp_path):
+    (block,) = blocks("check.py")
+    output = run_block(block, tmp_path)
+    assert "rank 0 of 2 on cpu" in output and "rank 1 of 2 on cpu" in output
+
+
+def test_the_chain_of_all_lessons_runs(tmp_path):
+    """With few steps, otherwise to the letter."""
+    (block,) = blocks("transformers serve")
+    for pattern, tiny in {
+        r"--max_steps \d+": "--max_steps 10", r"--num_epochs \d+": "--max_steps 5",
+        r"--num_examples \d+": "--num_examples 4 --keep_truncated", r"--max_tokens \d+":
+        "--max_tokens 8", "--preset cpu": "--preset cpu --max_steps 2 --n_streams 4 "
+        "--n_source_episodes 12 --n_episodes 4 --n_rollouts 2", "8000": str(free_port()),
+        r"(05_sft.*)": r"\1 --max_answers 4 --max_new_tokens 8",
+    }.items():
+        block, found = re.subn(pattern, tiny, block)
+        assert found, pattern
+    output = run_block(block, tmp_path)
+    assert len(re.findall("^done: ", output, re.MULTILINE)) == 7, output[-3000:]
+    for folder in ("base", "small", "tuned", "student", "classifier", "ad"):
+        assert (tmp_path / folder / "final_model").is_dir(), folder
