@@ -21,13 +21,21 @@ os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE", HF_HUB_OFFLINE
 for name in [*os.environ]:
     if name.startswith(("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_", "ACCELERATE_")):
         del os.environ[name]
+os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 from safetensors.torch import load_file  # noqa: E402
 from torch.testing import assert_close  # noqa: E402
 
 LAUNCHERS = {
-    "python": "", "torchrun": "-m torch.distributed.run --standalone --nproc_per_node={nproc}",
-    "accelerate": "-m accelerate.commands.launch --multi_gpu --num_processes {nproc} --num_machines"
-                  " 1 --mixed_precision no --dynamo_backend no --main_process_port {port}"}
+    "python": "python",
+    "torchrun": "torchrun --standalone --nproc_per_node={nproc}",
+    "node": "torchrun --nnodes=2 --nproc_per_node={nproc} --rdzv_backend=c10d --rdzv_id=run1"
+            " --rdzv_endpoint=127.0.0.1:{port} --local-addr=127.0.0.1",
+    "accelerate": "accelerate launch --multi_gpu --num_processes {nproc} --num_machines 1"
+                  " --mixed_precision no --dynamo_backend no --main_process_port {port}",
+    "config": "accelerate launch --config_file accelerate_config.yaml --num_processes {nproc}"
+              " --mixed_precision no --main_process_port {port}",
+    "sh": "bash launch_multigpu.sh",  # its settings are environment variables
+}
 
 def free_port():
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -53,7 +61,7 @@ def assert_same(folder, reference, rel=1e-5):
 class Run:
     """A lesson at work, and what it has printed and logged up to now."""
     def __init__(self, folder, command, env):
-        self.folder, rank = folder, env.get("RANK", "")
+        self.folder, rank = folder, env.get("RANK", env.get("NODE_RANK", ""))
         self.logs = [folder / f"{stream}{rank}.log" for stream in ("stdout", "stderr")]
         out, err = (log.open("w") for log in self.logs)
         self.process = psutil.Popen(command, cwd=folder, env=env, stdout=out, stderr=err)
@@ -79,10 +87,11 @@ class Run:
 def started(folder, name, *flags, launcher="python", nproc=1, **env):
     """A Run that ends with the block at the latest."""
     folder.mkdir(parents=True, exist_ok=True)
-    for file in {name, "common.py"} - set(os.listdir(folder)):
+    launch = LAUNCHERS[launcher].format(nproc=nproc, port=env.get("MASTER_PORT") or free_port())
+    needed = {name, "common.py", *launch.split()} - set(os.listdir(folder))
+    for file in needed & set(os.listdir(ROOT)):
         shutil.copy(ROOT / file, folder)
-    launch = LAUNCHERS[launcher].format(nproc=nproc, port=free_port()).split()
-    run = Run(folder, [sys.executable, *launch, name, *map(str, flags)], os.environ | env)
+    run = Run(folder, [*launch.split(), name, *map(str, flags)], os.environ | env)
     try:
         yield run
     finally:

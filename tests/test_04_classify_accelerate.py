@@ -18,7 +18,7 @@ import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
 from accelerate.state import AcceleratorState, GradientState
-from conftest import LAUNCHERS, ROOT, read_metrics, run_main, run_script, started
+from conftest import ROOT, read_metrics, run_main, run_script, started
 from matplotlib.image import imread
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -30,8 +30,6 @@ import common
 
 NAME = "04_classify_accelerate.py"
 lesson = importlib.import_module(NAME[:-3])
-LAUNCHERS["config"] = ("-m accelerate.commands.launch --config_file accelerate_config.yaml"
-                       " --num_processes {nproc} --mixed_precision no --main_process_port {port}")
 WORDS = {"sad": "tears gloom sorrow", "joy": "sun smile party cake", "anger": "rage fury storm"}
 FILLERS = "the a of my day in we it so very was then with"
 # 203 rows make 25 steps of 8: 40 steps end in the middle of the second epoch.
