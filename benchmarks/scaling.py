@@ -28,8 +28,7 @@ from ladder import FLAGS, lesson
 from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook
 
 GPUS, BUCKET = torch.cuda.device_count(), 25 * 2**20
-# On paper: the preset 1.4B, at 50% MFU of an H100; links as NVLink, 400 and 100 Gbit/s.
-PARAMETERS, SPEED, BANDWIDTHS = 1.42e9, 58_400, [400e9, 50e9, 12.5e9]
+PARAMETERS = 1.42e9  # on paper: the preset 1.4B; flags: 50% MFU, NVLink, 400 and 100 Gbit/s
 
 def parse(flags):
     sys.argv[1:] = flags
@@ -50,7 +49,6 @@ class SilentDDP(lesson.DDP):
         self.register_comm_hook(None, noop_hook)
 
 def measure_link(size):
-    """Bandwidth (bytes/s) and latency (s) from all-reduces by themselves."""
     _, world_size, device = lesson.setup_distributed("auto", "auto", 600)
     def seconds(*parts):
         times = []
@@ -73,8 +71,7 @@ def worker(task, flags):
     if task.isdigit():
         result = measure_link(int(task))
     else:
-        if task == "silent":
-            lesson.DDP = SilentDDP
+        lesson.DDP = SilentDDP if task == "silent" else lesson.DDP
         config = parse(flags)
         lesson.train(config)
         steps = map(json.loads, (Path(config.output_dir) / "metrics.jsonl").open())
@@ -84,8 +81,8 @@ def worker(task, flags):
 
 def launch(processes, task, flags):
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                   f"--nproc_per_node={processes}", __file__, f"--worker={task}", *flags,
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        command = [sys.executable, *torchrun, __file__, f"--worker={task}", *flags,
                    f"--output_dir={folder}"]
         env = os.environ | {"OMP_NUM_THREADS": "1"}
         run = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
@@ -98,7 +95,7 @@ def measured(flags, runs):
         size = 4 * sum(p.numel() for p in lesson.common.GPTModel(vars(config)).parameters())
     whole, accumulation = config.batch_size, config.gradient_accumulation_steps
     most = min(whole, GPUS or len(os.sched_getaffinity(0)))
-    counts = [2**i for i in range(most.bit_length()) if whole % 2**i == 0]
+    counts = [2**i for i in range(most.bit_length())]
     kinds = [(1, "train", whole // p) for p in counts]
     kinds += itertools.product(counts[1:], ("train", "silent"), {whole // p for p in counts})
     speeds = {kind: [] for kind in kinds}
@@ -110,45 +107,43 @@ def measured(flags, runs):
     links = {p: launch(p, size, []) if p > 1 else (math.inf, 0) for p in counts}
     yield "| processes | batch of each | tokens/s | to one process | waiting | predicted tokens/s |"
     yield "|---|---|---|---|---|---|"
-    for p, task, batch in kinds:
-        if task == "train":
-            speed = speeds[p, task, batch]
-            waiting = 1 - speed / speeds.get((p, "silent", batch), speed)
-            micro = batch * config.context_length / speeds[1, "train", batch]
-            step = step_time(micro, accumulation, all_reduce_time(p, size, *links[p]))
-            predicted = p * accumulation * batch * config.context_length / step
-            yield (f"| {p} | {batch} | {speed:,.0f} | {speed / speeds[kinds[0]]:.2f} x | "
-                   f"{waiting:.0%} | {predicted:,.0f} |")
+    for p, _, batch in (kind for kind in kinds if kind[1] == "train"):
+        speed = speeds[p, "train", batch]
+        waiting = 1 - speed / speeds.get((p, "silent", batch), speed)
+        micro = batch * config.context_length / speeds[1, "train", batch]
+        step = step_time(micro, accumulation, all_reduce_time(p, size, *links[p]))
+        predicted = p * accumulation * batch * config.context_length / step
+        yield (f"| {p} | {batch} | {speed:,.0f} | {speed / speeds[kinds[0]]:.2f} x | "
+               f"{waiting:.0%} | {predicted:,.0f} |")
     for p, (bandwidth, latency) in list(links.items())[1:]:
         yield f"\n{p} processes: {bandwidth / 1e9:.2f} GB/s, {latency * 1e6:.0f} us per hop"
 
 def on_paper(args):
-    """The table of clusters, line by line: which share of the GPUs' speed remains."""
+    """The table of clusters: which share of the GPUs' speed remains, and what a GPU holds."""
     size, T = 4 * PARAMETERS, 1024
     yield ("| GPUs | GB/s each | 8 x 1 | 8 x 4 | 8 x 16 | 32 x 1 | 32 x 4 | 2^20 tokens in all | "
            "state, GiB | sharded, GiB |\n" + "|---" * 10 + "|")
     for bandwidth, p in itertools.product(args.bandwidths, (8, 64, 512, 4096)):
-        all_reduce = all_reduce_time(p, size, bandwidth, 10e-6)
+        all_reduce = all_reduce_time(p, size, bandwidth * 1e9, 10e-6)
         cells = []
         for batch, accumulation in ((8, 1), (8, 4), (8, 16), (32, 1), (32, 4), (2**20 / T / p, 1)):
             micro = batch * T / args.gpu_speed
-            share = accumulation * micro / step_time(micro, accumulation, all_reduce)
-            cells.append(f"{share:.0%}")
+            cells.append(f"{accumulation * micro / step_time(micro, accumulation, all_reduce):.0%}")
         cells += [f"{(8 + 8 / shards) * PARAMETERS / 2**30:.1f}" for shards in (1, p)]
-        yield f"| {p} | {bandwidth / 1e9:g} | {' | '.join(cells)} |"
+        yield f"| {p} | {bandwidth:g} | {' | '.join(cells)} |"
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--runs", type=int, default=3, help="0: only the table on paper")
-    parser.add_argument("--gpu_speed", type=float, default=SPEED, help="tokens/s of one")
-    parser.add_argument("--bandwidths", type=float, nargs="+", default=BANDWIDTHS, help="bytes/s")
+    parser.add_argument("--gpu_speed", type=float, default=58_400, help="tokens/s of one alone")
+    parser.add_argument("--bandwidths", type=float, nargs="+", default=[400, 50, 12.5], help="GB/s")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args, flags = parser.parse_known_args()
     if args.worker:
         return worker(args.worker, flags)
     flags = [*FLAGS, f"--max_steps={args.steps}", *flags]
-    for table in (measured(flags, args.runs) if args.runs else (), on_paper(args)):
+    for table in (measured(flags, args.runs) if args.runs else [], on_paper(args)):
         print("", *table, sep="\n")
 
 if __name__ == "__main__":
