@@ -522,14 +522,15 @@ def plan_memory(config, world_size, device):
             options[config.gradient_checkpointing],
             options[config.shard_optimizer if world_size > 1 else "off"]):
         parts = {
-            "weights": 4 * n + (half * (12 * L * D * D + V * D) if half < 4 else 0),  # and casts
-            # What accumulates before DDP takes part lies outside its buckets.
-            "gradients": 8 * n if world_size > 1 < config.gradient_accumulation_steps else 4 * n,
-            "optimizer": 8 * n / (world_size if shard == "on" else 1),
+            "casts": (4 - half) * (12 * L * D * D + V * D),
             "activations": block + L * 4 * tokens * D if recompute == "on" else L * block,
-            "logits": tokens * V * (12 if half == 4 else 14) / config.loss_chunks,
+            "logits": tokens * max(12 * V / config.loss_chunks, 8 * D * half),  # or GELU's, later
         }
-        if sum(parts.values()) < free:
+        # Gradients stay in DDP's buckets, and outside to accumulate; else they replace the above.
+        copies = (world_size > 1) + (config.gradient_accumulation_steps > 1)
+        parts |= {"gradients": 4 * n * copies or max(0, 4 * n - sum(parts.values())),
+                  "weights": 4 * n, "optimizer": 8 * n / (world_size if shard == "on" else 1)}
+        if sum(parts.values()) < 0.95 * free:  # allocators leave gaps
             break
     needed = f"{sum(parts.values()) / 2**30:.2f} GiB per process of {free / 2**30:.2f} free"
     print(f"{n:,} parameters on {device} in {config.precision}; about {needed}:",
@@ -659,8 +660,8 @@ def train(config):
     progress = {"step": 0, "highest_lr": config.learning_rate * scale, "val_loss": math.nan}
     identity = dict(itertools.takewhile(lambda item: item[0] != "preset", asdict(config).items()))
     identity |= {"text": token_file.name, "global batch": global_batch_size}
-    restored = restore(output_dir, resume, identity, device, model=model, optimizer=optimizer,
-                       scaler=scaler)
+    states = dict(model=model, optimizer=optimizer, scaler=scaler)
+    restored = restore(output_dir, resume, identity, device, **states)
     for adam in getattr(optimizer, "optim", optimizer).state.values():
         adam["step"] = adam["step"].to(device)  # sharded, it stays on the CPU (pytorch#124133)
     fresh, progress = restored is None, restored or progress
@@ -757,8 +758,7 @@ def train(config):
                 optimizer.consolidate_state_dict(to=0)
             if is_main:
                 progress = {"step": step, "highest_lr": highest_lr, "val_loss": val_loss}
-                save_checkpoint(output_dir, progress, identity, model=model, optimizer=optimizer,
-                                scaler=scaler)
+                save_checkpoint(output_dir, progress, identity, **states)
             saved_step = step
         if stop:
             break

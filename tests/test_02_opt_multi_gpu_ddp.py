@@ -1,6 +1,7 @@
 """Lesson 02 by its command line. A run of one process that no signal is to hit stays in this one,
 which saves the 5 seconds that a start takes."""
 
+import itertools
 import math
 import random
 import re
@@ -351,6 +352,22 @@ def test_a_checkpoint_of_another_configuration_is_refused(flags, words, runs, tm
     (folder / "other.txt").write_bytes(TEXT[1:2501])
     error = train_here(folder, *ALONE, *flags, "--resume")
     assert re.fullmatch(rf"error: .*checkpoint\.pt.*{words}.*", error)
+
+@pytest.mark.parametrize("flags", [
+    [], ["--precision=bf16", "--gradient_accumulation_steps=2"], ["--gradient_checkpointing=on"],
+    ["--vocab_size=20000"], ["--vocab_size=20000", "--loss_chunks=4", "--precision=bf16"]])
+def test_the_estimate_of_memory_is_within_10_percent_of_what_is_allocated(flags, tmp_path, capfd):
+    folder = new_folder(tmp_path / "run")
+    (folder / "text.txt").write_bytes(2 * TEXT)
+    with torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        assert train_here(folder, "--emb_dim=256", "--n_layers=4", "--n_heads=4", "--batch_size=16",
+                          "--context_length=128", "--max_steps=2", *flags) == 0
+    events = [x for x in profiler.profiler.kineto_results.events() if x.name() == "[memory]"]
+    changes = (x.nbytes() for x in sorted(events, key=lambda x: x.start_ns()))
+    peak = max(itertools.accumulate(changes)) / 2**30
+    estimate = re.search(r"about ([\d.]+) GiB", capfd.readouterr().out)[1]
+    assert float(estimate) == pytest.approx(peak, rel=0.1)
 
 def test_too_little_memory_is_noticed_before_anything_is_allocated(tmp_path, monkeypatch):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2**20))
