@@ -10,12 +10,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch.distributed.run
+from accelerate.commands.launch import launch_command_parser
 from conftest import free_port
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted(ROOT.glob("[0-9][0-9]_*.py"))]
+PAGES = [ROOT / "README.md", ROOT / "launch_multigpu.sh", ROOT / "multi_gpu_train.slurm",
+         *sorted(ROOT.glob("[0-9][0-9]_*.py"))]
+LAUNCHERS = "python|torchrun|accelerate launch|./launch_multigpu.sh|sbatch"
 COMMAND = re.compile(
-    r"(?:^|\s)(?:python|torchrun|accelerate launch)\b[^\n`]*?\b(\d\d_\w+\.py)([^\n`#|&>]*)"
+    rf"(?:^|\s)({LAUNCHERS})\b([^\n`#]*?)\b(\d\d_\w+\.py)([^\n`#|&>]*)"
 )
 LINK = re.compile(r"\]\((?!https?://|#)([^)#]+)")
 
@@ -23,12 +27,20 @@ LINK = re.compile(r"\]\((?!https?://|#)([^)#]+)")
 def documented_commands():
     for page in PAGES:
         text = re.sub(r"\\\n\s*", " ", page.read_text(encoding="utf-8"))
-        for script, flags in COMMAND.findall(text):
-            yield pytest.param(script, flags.strip(), id=f"{page.name}: {script} {flags.strip()}")
+        for launcher, options, script, flags in COMMAND.findall(text):
+            command = f"{launcher}{options}{script} {flags.strip()}"
+            yield pytest.param(launcher, options, script, flags, id=f"{page.name}: {command}")
 
 
-@pytest.mark.parametrize(("script", "flags"), documented_commands())
-def test_every_documented_command_parses(script, flags, monkeypatch):
+@pytest.mark.parametrize(("launcher", "options", "script", "flags"), documented_commands())
+def test_every_documented_command_parses(launcher, options, script, flags, monkeypatch):
+    options = [*shlex.split(options), script]
+    if launcher == "torchrun":
+        assert torch.distributed.run.parse_args(options).training_script == script
+    elif launcher == "accelerate launch":
+        assert launch_command_parser().parse_args(options).training_script == script
+    elif launcher == "sbatch":  # its options, then the batch script
+        assert options[-2] == "multi_gpu_train.slurm" and all(x[:2] == "--" for x in options[:-2])
     spec = importlib.util.spec_from_file_location("lesson", ROOT / script)
     lesson = importlib.util.module_from_spec(spec)
     monkeypatch.syspath_prepend(ROOT)

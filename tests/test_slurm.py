@@ -63,7 +63,7 @@ def test_tasks_without_torchrun_end_in_a_line_that_names_the_batch_script(slurm,
     output = slurm("srun", "--nodes=1", "--ntasks=2", "python", LESSON, *FLAGS, cwd=folder)
     errors = [line for line in output.splitlines() if line.startswith("error: SLURM_NTASKS")]
     assert len(errors) == 2 and len({*errors}) == 1 and "multi_gpu_train.slurm" in errors[0]
-    assert "tasks 0-1: Exited with exit code 1" in output and "Traceback" not in output
+    assert re.search("tasks? 0.*: Exited with exit code 1", output) and "Traceback" not in output
 
 @pytest.mark.slow
 def test_a_job_stops_before_its_time_is_over_comes_back_and_ends_as_if_undisturbed(slurm, folder):
