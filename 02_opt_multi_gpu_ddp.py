@@ -76,7 +76,8 @@ class Config:
     tokenizer: Literal["gpt2", "bytes"] = HfArg(default="gpt2", help="bytes needs no download")
     stride: int = HfArg(default=0, help="tokens from window to window; 0 = context_length")
     val_fraction: float = HfArg(default=0.1, help="share of the text, its end, for validation")
-    learning_rate: float = HfArg(default=5e-4, help="highest learning rate, before lr_scaling")
+    optimizer: Literal["adamw", "adafactor"] = HfArg(default="adamw", help="or one of less memory")
+    learning_rate: float = HfArg(default=5e-4, help="highest, before lr_scaling; Adafactor: 0.03")
     lr_scaling: Literal["linear", "sqrt", "none"] = HfArg(default="linear", help="with world size")
     warmup_steps: int = HfArg(default=0, help="linear warm-up; half a cosine follows")
     min_lr_ratio: float = HfArg(default=0.1, help="last learning rate / highest; 1 = constant")
@@ -502,21 +503,20 @@ def global_batch(seed, step, batch, size):
 # --- Step 3. What fits into memory --------------------------------------------------------------
 
 def plan_memory(config, world_size, device):
-    """Settle what is "auto": shard AdamW, or recompute activations, or both, as far as needed, and
+    """Settle what is "auto": shard the optimizer, recompute activations, or both, as needed, and
     print the estimate for one process. Returns the config. Raises ValueError if it does not fit.
 
     A block keeps, of each token, two fp32 inputs of LayerNorm (8 D bytes) and 14 D numbers under
-    autocast: the inputs of its four matrices (7 D) and of GELU (4 D), and q, k, v (3 D).
-    """
+    autocast: the inputs of its four matrices (7 D) and of GELU (4 D), and q, k, v (3 D)."""
     with torch.device("meta"):
         n = sum(p.numel() for p in common.GPTModel(vars(config)).parameters())
     D, L, V = config.emb_dim, config.n_layers, config.vocab_size
     half = 4 if config.precision == "fp32" else 2  # bytes of a number under autocast
+    state = 8 * n if config.optimizer == "adamw" else 0  # Adafactor's is about a row per matrix
     tokens = config.batch_size * config.context_length
     block = tokens * D * (8 + 14 * half + 2 * (config.drop_rate > 0))
-    free = psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else (
+        psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     options = {"auto": ("off", "on"), "on": ("on",), "off": ("off",)}
     for recompute, shard in itertools.product(
             options[config.gradient_checkpointing],
@@ -529,7 +529,7 @@ def plan_memory(config, world_size, device):
         # Gradients stay in DDP's buckets, and outside to accumulate; else they replace the above.
         copies = (world_size > 1) + (config.gradient_accumulation_steps > 1)
         parts |= {"gradients": 4 * n * copies or max(0, 4 * n - sum(parts.values())),
-                  "weights": 4 * n, "optimizer": 8 * n / (world_size if shard == "on" else 1)}
+                  "weights": 4 * n, "optimizer": state / (world_size if shard == "on" else 1)}
         if sum(parts.values()) < 0.95 * free:  # allocators leave gaps
             break
     needed = f"{sum(parts.values()) / 2**30:.2f} GiB per process of {free / 2**30:.2f} free"
@@ -556,8 +556,8 @@ def initial_weights(config):
     return weights, replace(config, **sizes)
 
 def build_model(config, weights, device):
-    """The model, the same on every rank, and its AdamW, which decays only matrices, as for GPT-2.
-    Sharded, each rank keeps a part of AdamW's state (Rajbhandari et al. 2020, ZeRO stage 1)."""
+    """The model, the same on every rank, and its optimizer, which decays only matrices, as GPT-2's.
+    Sharded, each rank keeps a part of its state (Rajbhandari et al. 2020, ZeRO stage 1)."""
     torch.manual_seed(config.seed)
     with device:
         model = common.GPTModel(vars(config))
@@ -570,12 +570,13 @@ def build_model(config, weights, device):
     model.loss_chunks = config.loss_chunks
     groups = [{"params": [p for p in model.parameters() if p.dim() >= 2]},
               {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}]
-    settings = dict(lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2),
-                    weight_decay=config.weight_decay, fused=True)
+    adamw = partial(torch.optim.AdamW, betas=(config.adam_beta1, config.adam_beta2), fused=True)
+    kind = adamw if config.optimizer == "adamw" else partial(torch.optim.Adafactor, foreach=False)
+    settings = dict(lr=config.learning_rate, weight_decay=config.weight_decay)
     if config.shard_optimizer == "on":
         from torch.distributed.optim import ZeroRedundancyOptimizer  # 0.7 s to import
-        return model, ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **settings)
-    return model, torch.optim.AdamW(groups, **settings)
+        return model, ZeroRedundancyOptimizer(groups, kind, **settings)
+    return model, kind(groups, **settings)
 
 @torch.no_grad()
 def evaluate(model, windows, batch_size, rank, world_size, device, autocast):
@@ -644,8 +645,7 @@ def train(config):
     train_windows, val_windows = open_windows(config, token_file, global_batch_size)
     epoch_steps = len(train_windows) / global_batch_size
     tokens_per_step = global_batch_size * config.context_length
-    total_steps = int(config.num_epochs * epoch_steps)
-    total_steps = config.max_steps if config.max_steps >= 0 else total_steps
+    total_steps = int(config.num_epochs * epoch_steps) if config.max_steps < 0 else config.max_steps
     config = on_rank_0(plan_memory, config, world_size, device)
     if is_main:
         print(f"{config.batch_size} windows x {config.gradient_accumulation_steps} micro-batches x "

@@ -118,13 +118,16 @@ def test_a_killed_run_resumes_to_the_same_bits(runs, tmp_path, capfd):
     assert re.search(r"^resumed from step (5|10|15|20)\b", capfd.readouterr().out, re.M)
     assert_same(folder, runs.whole.folder, rel=0)
 
-def test_dropout_is_the_same_after_a_resume_and_when_activations_are_recomputed(tmp_path):
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def test_dropout_is_the_same_after_a_resume_and_when_activations_are_recomputed(
+        optimizer, tmp_path):
     whole = new_folder(tmp_path / "whole")
-    assert train_here(whole, "--drop_rate=0.1") == 0
+    assert train_here(whole, "--drop_rate=0.1", f"--optimizer={optimizer}") == 0
     for rel, flags in ((0, []), (1e-5, ["--gradient_checkpointing=on", "--loss_chunks=3"])):
         folder = new_folder(tmp_path / f"{rel}", whole)
         rewind(folder)
-        assert train_here(folder, "--drop_rate=0.1", "--resume", *flags) == 0
+        assert train_here(folder, "--drop_rate=0.1", f"--optimizer={optimizer}", "--resume",
+                          *flags) == 0
         assert_same(folder, whole, rel)
 
 def test_two_processes_without_torchrun_go_on_with_the_run_of_one_sharded(runs, tmp_path):
