@@ -1,7 +1,12 @@
 """What all tests of faults share: small material, one table of scripts, and ways to run them."""
 
+import atexit
+import functools
 import json
+import shutil
+import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from contextlib import contextmanager, suppress
@@ -10,12 +15,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import psutil
+import pytest
+import torch
 from accelerate.state import AcceleratorState, GradientState
 from conftest import run_main, started
 
 import common
 
 ROOT = Path(__file__).parents[2]
+SLOW = pytest.mark.slow
 # 24 steps: a checkpoint after every third, an evaluation after every fourth.
 STEPS = ["--device=cpu", "--log_every=1", "--eval_every=4", "--save_every=3", "--max_steps=24",
          "--warmup_steps=2", "--output_dir=out", "--gradient_accumulation_steps=2"]
@@ -32,6 +40,7 @@ SCRIPTS = {
           " --tf_n_embd=16 --tf_n_layer=2 --n_transit=40 --n_episodes=4 --n_rollouts=2"
           " --train_batch_size=2"}
 NO_EVAL_EVERY = {"03"}  # judged at each epoch's end
+QUICK_02 = ["02", *(pytest.param(script, marks=SLOW) for script in SCRIPTS if script != "02")]
 MARK = "FAULTS_RUN"  # in the environment of every process of one run, whoever started it
 
 def make_material(folder):
@@ -46,6 +55,7 @@ def make_material(folder):
     for name, lines in (("chats", chats), ("rows", rows)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
     (folder / "model").mkdir()
+    torch.manual_seed(0)
     model = common.GPTModel({"vocab_size": 257, "context_length": 64, "emb_dim": 32, "n_heads": 2,
                              "n_layers": 2, "drop_rate": 0.1, "qkv_bias": True})
     common.save_hugging_face(model, common.load_encoding("bytes"), folder / "model")
@@ -78,6 +88,27 @@ def train_here(folder, script, *flags):
     GradientState._reset_state()
     name, given = command(script)
     return run_main(folder, name, *given, f"--output_dir={folder / 'out'}", *flags)
+
+@functools.cache
+def finished(script):
+    """The folder of an undisturbed run of one process."""
+    root = tempfile.TemporaryDirectory(prefix="faults_")
+    atexit.register(root.cleanup)
+    make_material(folder := Path(root.name) / "run")
+    assert train_here(folder, script) == 0
+    return folder
+
+def fresh(script, folder):
+    """A copy of that run's material, without its results."""
+    return shutil.copytree(finished(script), folder, ignore=lambda *_: ["out"])
+
+def run_as_root(*words):
+    """A command of the system; the test is skipped, visibly, where it is not there or forbidden."""
+    if not shutil.which(words[0]):
+        pytest.skip(f"{words[0]} is not installed")
+    result = subprocess.run(words, capture_output=True, text=True)
+    if result.returncode:
+        pytest.skip(f"not permitted here: {' '.join(map(str, words))}: {result.stderr}")
 
 def marked(mark):
     """All processes of a run that are alive."""

@@ -8,25 +8,10 @@ import subprocess
 from contextlib import contextmanager
 from pathlib import Path
 
+import harness
 import pytest
 import torch
-from harness import SCRIPTS, command, launched, make_material, outcome, train_here
-
-SLOW = pytest.mark.slow
-ALL = ["02", *(pytest.param(script, marks=SLOW) for script in SCRIPTS if script != "02")]
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """The folder of an undisturbed run of one process, made when it is first asked for."""
-    folders = {}
-    def folder_of(script):
-        if script not in folders:
-            folders[script] = tmp_path_factory.mktemp(script) / "run"
-            torch.manual_seed(0)
-            make_material(folders[script])
-            assert train_here(folders[script], script) == 0
-        return folders[script]
-    return folder_of
+from harness import SCRIPTS, SLOW, command, finished, fresh, launched, outcome, train_here
 
 def lesson_of(script):
     return importlib.import_module(command(script)[0].removesuffix(".py"))
@@ -64,8 +49,8 @@ def zeros(path, rng):
     data[start : start + 4096] = bytes(len(data[start : start + 4096]))
     path.write_bytes(data)
 
-@pytest.mark.parametrize("script", ALL)
-def test_damaged_checkpoints_are_never_used_nor_executed(script, finished, tmp_path, capfd):
+@pytest.mark.parametrize("script", harness.QUICK_02)
+def test_damaged_checkpoints_are_never_used_nor_executed(script, tmp_path, capfd):
     """Whatever is done to the newest checkpoint, the run ends in the same bits; with both damaged,
     it says so in one line."""
     for number, damage in enumerate([cut, flip, empty, foreign, code, zeros]):
@@ -92,24 +77,16 @@ def test_damaged_checkpoints_are_never_used_nor_executed(script, finished, tmp_p
 
 @pytest.mark.parametrize(("script", "other"), [
     ("02", "06"), pytest.param("03", "02", marks=SLOW), pytest.param("06", "03", marks=SLOW)])
-def test_the_checkpoint_of_another_lesson_is_refused(script, other, finished, tmp_path):
+def test_the_checkpoint_of_another_lesson_is_refused(script, other, tmp_path):
     folder = shutil.copytree(finished(script), tmp_path / "run")
     shutil.copy(finished(other) / "out/checkpoint.pt", folder / "out")
     error = train_here(folder, script, "--resume")
     assert re.match("error: checkpoint.pt is of a run with ", error)
 
-def run_as_root(*words):
-    try:
-        problem = subprocess.run(words, capture_output=True, text=True)
-    except OSError as error:
-        pytest.skip(f"{words[0]} is not here: {error}")
-    if problem.returncode:
-        pytest.skip(f"not permitted here: {' '.join(map(str, words))}: {problem.stderr}")
-
 @contextmanager
 def small_disk(path, kib):
     path.mkdir()
-    run_as_root("mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", path)
+    harness.run_as_root("mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", path)
     try:
         yield
     finally:
@@ -130,31 +107,32 @@ def assert_clean_stop(run, folder, script, capfd):
     assert "damaged" not in capfd.readouterr().err
 
 @pytest.mark.parametrize("trial", [0, *(pytest.param(i, marks=SLOW) for i in range(1, 10))])
-@pytest.mark.parametrize("script", ALL)
-def test_a_full_disk_costs_nothing_but_a_start(script, trial, finished, tmp_path, capfd):
+@pytest.mark.parametrize("script", harness.QUICK_02)
+def test_a_full_disk_costs_nothing_but_a_start(script, trial, tmp_path, capfd):
     """It becomes full at a random moment; with more space, the run goes on and ends the same."""
     sizes = [path.stat().st_size for path in (finished(script) / "out").rglob("*")]
     kib = random.randrange(sum(sizes) // 10, sum(sizes)) // 1024
     print("disk of", kib, "of", sum(sizes) // 1024, "KiB")
-    folder = shutil.copytree(finished(script), tmp_path / "run", ignore=lambda *_: ["out"])
+    folder = fresh(script, tmp_path / "run")
     with small_disk(folder / "out", kib):
         with launched(folder, script, launcher="python") as run:
             run.process.wait(120)
         if run.returncode:  # else it did fit: files are sparse, or the peak was lower
             assert_clean_stop(run, folder, script, capfd)
-            run_as_root("mount", "-o", "remount,size=64m", folder / "out")
+            harness.run_as_root("mount", "-o", "remount,size=64m", folder / "out")
             assert train_here(folder, script, "--resume") == 0
         assert outcome(folder) == outcome(finished(script))
 
-@pytest.mark.parametrize("script", [pytest.param(script, marks=SLOW) for script in SCRIPTS])
+@SLOW
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_a_folder_that_becomes_read_only_costs_nothing_but_a_start(
-        script, finished, tmp_path, capfd):
+        script, tmp_path, capfd):
     step = random.randrange(1, 24)
     print("read-only after step", step)
-    folder = shutil.copytree(finished(script), tmp_path / "run", ignore=lambda *_: ["out"])
+    folder = fresh(script, tmp_path / "run")
     with launched(folder, script, launcher="python") as run:
         run.wait_for_step(step)
-        run_as_root("chattr", "+i", folder / "out")
+        harness.run_as_root("chattr", "+i", folder / "out")
         try:
             run.process.wait(120)
             assert train_here(folder, script, "--resume").startswith("error: ")
