@@ -337,7 +337,7 @@ def explain(problem):
         return text
     if not isinstance(problem, dist.DistError) and "gloo" not in text:
         raise problem
-    operation = traceback.extract_tb(problem.__traceback__)[-1].name
+    operation = traceback.extract_tb(problem.__traceback__)[-1].name.removeprefix("_engine_run_")
     return (f"rank {os.environ.get('RANK', 0)} waited in {operation} for a process that is gone, "
             f"stalls or cannot be reached; --resume goes on from the last checkpoint: {text}")
 # End of copied block: explain
