@@ -454,6 +454,18 @@ def read_conversations(path):
         raise ValueError(f"--dataset_path={path}: {first} ({len(problems)} bad rows)")
     return conversations
 
+# Copied between scripts: render
+def render(messages, tokenizer, **settings):
+    """What the chat template makes of messages; its errors become a ValueError. For a template that
+    writes the date it is always the same day: tomorrow a resumed run would have other tokens."""
+    date = "{% macro strftime_now(form) %}01 Jan 2026{% endmacro %}"
+    try:
+        template = date + tokenizer.get_chat_template()
+        return tokenizer.apply_chat_template(messages, chat_template=template, **settings)
+    except (jinja2.TemplateError, ValueError, TypeError) as problem:
+        raise ValueError(f"the chat template fails: {problem}") from None
+# End of copied block: render
+
 def encode(conversations, tokenizer, max_length):
     """(ids, number of prompt tokens) of each conversation, through the chat template; the response
     ends with one end token and is cut to max_length, None where the prompt alone is as long. The
@@ -461,11 +473,10 @@ def encode(conversations, tokenizer, max_length):
     prompts, responses, encoded, end = [], [], [], tokenizer.eos_token_id
     for number, messages in enumerate(conversations, start=1):
         try:
-            prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False,
-                                                   add_generation_prompt=True)
-            text = tokenizer.apply_chat_template(messages, tokenize=False)
-        except jinja2.TemplateError as problem:
-            raise ValueError(f"row {number}: the chat template refuses it: {problem}") from None
+            prompt = render(messages[:-1], tokenizer, tokenize=False, add_generation_prompt=True)
+            text = render(messages, tokenizer, tokenize=False)
+        except ValueError as problem:
+            raise ValueError(f"row {number}: {problem}") from None
         if not text.startswith(prompt):
             raise ValueError(f"row {number}: the chat template renders a prompt in another way once"
                              f" it is answered, so the answer cannot be told apart: {prompt!r:.80}")
@@ -643,12 +654,16 @@ def export_model(model, tokenizer, output_dir, ylabel, keys):
     axes = plot_metrics(output_dir, ["train_loss", "val_loss"], ylabel)
     axes.figure.savefig(output_dir / "loss.pdf")
     axes.figure.savefig(output_dir / "loss.png", dpi=150)
-    model.generation_config.eos_token_id = tokenizer.eos_token_id  # where it has learned to stop
+    settings = model.generation_config
+    settings.eos_token_id = tokenizer.eos_token_id  # where it has learned to stop
+    if settings.temperature not in (None, 1) or settings.top_p not in (None, 1):
+        settings.do_sample = True  # where a model's file lacks this, it could not be saved
     with atomic_folder(output_dir / "final_model") as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     *_, last = map(json.loads, (output_dir / "metrics.jsonl").open())
-    return ", ".join(f"{key} {last[f'before_{key}']:.4g} -> {last[key]:.4g}" for key in keys)
+    return ", ".join(f"{key} {last.get(f'before_{key}', math.nan):.4g} -> {last[key]:.4g}"
+                     for key in keys)
 # End of copied block: export_model
 
 # --- Step 4. Training ----------------------------------------------------------------------------
@@ -694,7 +709,7 @@ def distill(config):
     total_steps = config.max_steps if config.max_steps >= 0 else config.num_epochs * epoch_steps
 
     for name in (config.student_model, config.teacher_model):
-        if output_dir.resolve() in Path(name).resolve().parents:
+        if Path(name).resolve() == (output_dir / "final_model").resolve():
             raise ValueError(f"{name} lies in --output_dir={output_dir}, which is written anew: "
                              "take another --output_dir")
     output_dir.mkdir(parents=True, exist_ok=True)

@@ -887,13 +887,12 @@ def fine_tune(config):
         end = (f"done: {split} accuracy {scores['accuracy']:.4f}, macro F1 "
                f"{scores['macro_f1']:.4f} in {minutes:.1f} min; {output_dir} has final_model, "
                "report.json, confusion_matrix.png, loss.png, loss.pdf, metrics.jsonl, runs")
-    if config.push_to_hub and not stop:
-        end += "; uploaded: " + on_rank_0(lambda: str(on_hub(
-            huggingface_hub.upload_folder, config.push_to_hub,
-            folder_path=output_dir / "final_model")))
     if is_main:
         print(end, flush=True)
     leave_group()
+    if config.push_to_hub and is_main and not stop:  # however long it takes, nobody waits for it
+        print("uploaded:", on_hub(huggingface_hub.upload_folder, config.push_to_hub,
+                                  folder_path=output_dir / "final_model"), flush=True)
     return 143 if stop else 0
 
 # --- Step 5. Application --------------------------------------------------------------------------

@@ -455,7 +455,7 @@ def open_dataset(source, dataset_config=""):
         if path.suffix == ".json":
             rows = json.loads(path.read_bytes())
             if not isinstance(rows, list):
-                raise ValueError("it must hold one list of rows")
+                raise ValueError("it must hold one list of rows; with one a line, name it .jsonl")
         else:
             import datasets  # only here: JSONL and JSON do without
             datasets.disable_progress_bars()
@@ -471,7 +471,8 @@ def open_dataset(source, dataset_config=""):
     return [(f"{path} row {number}", row) for number, row in enumerate(rows, start=1)]
 
 def as_messages(row):
-    """(messages, form) of a row of any of the forms that people use; ValueError for others."""
+    """(messages, form) of a row of any of the forms that people use; ValueError for others. An
+    empty system message, and what the user says last, unanswered, are left out."""
     if not isinstance(row, dict):
         raise row if isinstance(row, ValueError) else ValueError("a row must be a JSON object")
     if row.get("messages") is not None:
@@ -486,6 +487,8 @@ def as_messages(row):
         form, messages = f"prompt and {answer}", [
             {"role": "user", "content": row["prompt"]},
             {"role": "assistant", "content": row[answer]}]
+        if isinstance(row["prompt"], list):  # TRL's conversational form
+            messages = row["prompt"] + row[answer]
     elif "instruction" in row and "output" in row:
         question = [row["instruction"], row.get("input")]
         form, messages = "instruction, input and output", [
@@ -494,6 +497,13 @@ def as_messages(row):
     else:
         raise ValueError("there are no messages, conversations, prompt and response, or "
                          f"instruction and output, but {', '.join(row) or 'nothing'}")
+    roles = [m["role"] for m in messages]
+    if row.get("system") and "system" not in roles:  # a column of its own
+        messages.insert(0, {"role": "system", "content": row["system"]})
+    elif roles[:1] == ["system"] and not messages[0]["content"]:
+        del messages[0]
+    if "assistant" in roles and roles[-1] == "user":
+        del messages[-1]
     roles = [m["role"] for m in messages]
     turns = roles[1:] if roles[:1] == ["system"] else roles
     if not turns:
@@ -508,12 +518,12 @@ def as_messages(row):
     return messages, form
 
 def load_chats(source, dataset_config=""):
-    """(conversations, one line on what was read). Raises ValueError with the first bad row."""
+    """([(place, messages)], a line on what was read). Raises ValueError with the first bad row."""
     chats, forms, problems = [], set(), []
     for place, row in open_dataset(source, dataset_config):
         try:
             messages, form = as_messages(row)
-            chats.append(messages)
+            chats.append((place, messages))
             forms.add(form)
         except KeyError as problem:
             problems.append(f"{place}: there is no {problem}")
@@ -526,22 +536,33 @@ def load_chats(source, dataset_config=""):
 
 # --- Step 2. A chat becomes token ids and labels ------------------------------------------------
 
+# Copied between scripts: render
+def render(messages, tokenizer, **settings):
+    """What the chat template makes of messages; its errors become a ValueError. For a template that
+    writes the date it is always the same day: tomorrow a resumed run would have other tokens."""
+    date = "{% macro strftime_now(form) %}01 Jan 2026{% endmacro %}"
+    try:
+        template = date + tokenizer.get_chat_template()
+        return tokenizer.apply_chat_template(messages, chat_template=template, **settings)
+    except (jinja2.TemplateError, ValueError, TypeError) as problem:
+        raise ValueError(f"the chat template fails: {problem}") from None
+# End of copied block: render
+
 def mark_turns(messages, tokenizer):
     """(token ids, for each whether the assistant says it) of a conversation. A template may mark
     the assistant's words itself. If it does not, a turn is what the text gains, from the prompt for
     an answer to the text with the answer."""
-    if re.search(r"{%-?\s*generation", tokenizer.chat_template):
-        marked = tokenizer.apply_chat_template(messages, return_dict=True,
-                                               return_assistant_tokens_mask=True)
+    if re.search(r"{%-?\s*generation", tokenizer.get_chat_template()):
+        marked = render(messages, tokenizer, return_dict=True, return_assistant_tokens_mask=True)
         return marked["input_ids"], marked["assistant_masks"]
-    render, turns = partial(tokenizer.apply_chat_template, tokenize=False), []
-    text = render(messages)
+    text, turns = render(messages, tokenizer, tokenize=False), []
     for i in (i for i, message in enumerate(messages) if message["role"] == "assistant"):
-        prompt = render(messages[:i], add_generation_prompt=True)
-        answered = render(messages[: i + 1])
+        prompt = render(messages[:i], tokenizer, tokenize=False, add_generation_prompt=True)
+        answered = render(messages[: i + 1], tokenizer, tokenize=False)
         if not (answered.startswith(prompt) and text.startswith(answered)):
-            raise ValueError("the chat template renders earlier turns in another way once there are"
-                             " later ones, and does not mark the assistant's with generation")
+            raise ValueError("the chat template writes a turn in another way once it is answered,"
+                             " or once others follow; mark what the assistant says in it by "
+                             "{% generation %} and {% endgeneration %}")
         turns.append(range(len(prompt), len(answered.rstrip())))
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     return encoded["input_ids"], [
@@ -552,43 +573,52 @@ def encode_chats(chats, tokenizer, max_length):
     the end of the turn included, and -100 elsewhere. A chat longer than max_length is cut after the
     last turn that fits; None stands where not even the first one does. Nothing is masked by its id:
     where padding and end are one token, the end would never be learned."""
-    rows, cut, disable = [], 0, True if os.environ.get("RANK", "0") != "0" else None
-    bar = tqdm(chats, "tokenising", delay=2, disable=disable)
-    for number, messages in enumerate(bar, start=1):
+    rows, cut, problems = [], 0, []
+    disable = True if os.environ.get("RANK", "0") != "0" else None
+    for place, messages in tqdm(chats, "tokenising", delay=2, disable=disable):
         try:
             ids, learned = (np.array(x) for x in mark_turns(messages, tokenizer))
-        except (jinja2.TemplateError, ValueError, TypeError, NotImplementedError) as problem:
-            raise ValueError(f"the chat template fails for chat {number}: {problem}") from None
-        ends = np.flatnonzero(np.diff(learned.astype(int), append=0) == -1) + 1
-        if not len(ends):
-            raise ValueError(f"the chat template marks nothing of chat {number} as the assistant's")
-        cut += ends[-1] > max_length
+            ends = np.flatnonzero(np.diff(learned.astype(int), append=0) == -1) + 1
+            if not len(ends):
+                raise ValueError("the chat template marks nothing as the assistant's")
+        except (ValueError, NotImplementedError) as problem:  # a tokenizer without offsets
+            problems.append(f"{place}: {problem}")
+            continue
         end = max(ends[ends <= max_length], default=0)
+        cut += 0 < end < ends[-1]
         ids, learned = ids[:end].astype(np.int32), learned[:end] == 1
         rows.append((ids, np.where(learned, ids, np.int32(-100))) if end else None)
+    if problems:
+        raise ValueError(f"{problems[0]} ({len(problems)} bad rows)")
     return rows, cut
 
-def prepare_tokenizer(model, tokenizer, seed):
-    """Give a tokenizer without a chat template ChatML, and the model an embedding for its tokens.
-    Make the token that ends a turn the end token, in tokenizer and model: where answers stop."""
+def prepare_tokenizer(model, tokenizer):
+    """Give a tokenizer without a chat template ChatML, and the model embeddings for new tokens, the
+    mean of the others. Make the token that ends a turn the end token, in tokenizer and model: where
+    answers stop. Raises ValueError where the template has no such token."""
     if tokenizer.chat_template is None:
-        tokenizer.chat_template, pad = CHATML, tokenizer.pad_token or tokenizer.eos_token
-        tokens = {"eos_token": "<|im_end|>", "pad_token": pad}
-        tokenizer.add_special_tokens(tokens)
+        n, pad = len(tokenizer), tokenizer.pad_token or tokenizer.eos_token
+        tokenizer.chat_template = CHATML
+        tokenizer.add_special_tokens({"eos_token": "<|im_end|>", "pad_token": pad})
         tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>"]}, False)
-        torch.manual_seed(seed)
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-            model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
+            model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64,
+                                          mean_resizing=False)
+        if len(tokenizer) > n:
+            with torch.no_grad():
+                for table in (model.get_input_embeddings(), model.get_output_embeddings()):
+                    table.weight[n:] = table.weight[:n].mean(0)
     question = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    [(_, labels)], _ = encode_chats([question], tokenizer, math.inf)
-    special = tokenizer.get_added_vocab().values()
-    ends = [token for token in labels.tolist() if token in special]
-    if not ends:
+    [(ids, labels)], _ = encode_chats([("a first try", question)], tokenizer, math.inf)
+    special = [*np.flatnonzero((labels != -100) & np.isin(
+        ids, list(tokenizer.get_added_vocab().values())))]
+    if not special or tokenizer.decode(ids[special[-1] + 1 :]).strip():
         raise ValueError("the chat template ends an answer without a special token, so that a model"
                          " could not learn to stop")
-    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[-1])
+    end = ids[special[-1]].item()
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    model.config.eos_token_id = model.generation_config.eos_token_id = ends[-1]
+    model.config.eos_token_id = model.generation_config.eos_token_id = end
     last, known = max(tokenizer.get_vocab().values()), model.get_input_embeddings().num_embeddings
     unused = list(range(last + 1, known))  # ids that are no token
     model.generation_config.suppress_tokens = unused or None
@@ -701,6 +731,19 @@ def learned_logits(network, rows, packing, device):
     return logits[tuple(x.to(device) for x in places)], targets[keep].to(device)
 
 @torch.no_grad()
+def check_packing(model, chat, device):
+    """Raises ValueError if what stands before a chat in its row changes the chat's logits. Most
+    kinds of models are exact (Llama, GPT-2, Qwen, Gemma, ...), some are not (OPT, Mamba, ...)."""
+    others = chat[0][::-1].copy(), chat[1]
+    model.eval()
+    logits = [learned_logits(model, [[first, chat]], True, device)[0] for first in (chat, others)]
+    model.train()
+    own = len(logits[0]) // 2
+    if not torch.allclose(logits[0][own:], logits[1][own:], rtol=1e-3, atol=1e-4):
+        raise ValueError("--packing: with this kind of model, chats in one row would see each "
+                         "other; leave it out")
+
+@torch.no_grad()
 def evaluate_chats(model, rows, config, rank, world_size, device, autocast):
     """Mean loss in nats per learned token over every row once, and the share of these tokens that
     the model would have chosen: the same for any number of ranks."""
@@ -775,12 +818,16 @@ def export_model(model, tokenizer, output_dir, ylabel, keys):
     axes = plot_metrics(output_dir, ["train_loss", "val_loss"], ylabel)
     axes.figure.savefig(output_dir / "loss.pdf")
     axes.figure.savefig(output_dir / "loss.png", dpi=150)
-    model.generation_config.eos_token_id = tokenizer.eos_token_id  # where it has learned to stop
+    settings = model.generation_config
+    settings.eos_token_id = tokenizer.eos_token_id  # where it has learned to stop
+    if settings.temperature not in (None, 1) or settings.top_p not in (None, 1):
+        settings.do_sample = True  # where a model's file lacks this, it could not be saved
     with atomic_folder(output_dir / "final_model") as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     *_, last = map(json.loads, (output_dir / "metrics.jsonl").open())
-    return ", ".join(f"{key} {last[f'before_{key}']:.4g} -> {last[key]:.4g}" for key in keys)
+    return ", ".join(f"{key} {last.get(f'before_{key}', math.nan):.4g} -> {last[key]:.4g}"
+                     for key in keys)
 # End of copied block: export_model
 
 # Copied between scripts: on_hub
@@ -813,7 +860,7 @@ def tune(config):
     # does: in half precision small updates would be rounded away. Autocast computes in bf16.
     chats, read = load_chats(config.dataset, config.dataset_config)
     model, tokenizer = load_model("model", config.model, torch.float32, device)
-    prepare_tokenizer(model, tokenizer, config.seed)
+    prepare_tokenizer(model, tokenizer)
     positions = getattr(model.config, "max_position_embeddings", config.max_length)
     if positions < config.max_length and is_main:
         print(f"--max_length {config.max_length} is lowered to the model's {positions} positions")
@@ -822,21 +869,24 @@ def tune(config):
     encoded, cut = encode_chats(chats, tokenizer, config.max_length)
     if config.validation_file:
         chats, also_read = load_chats(config.validation_file)
-        read += f"; {also_read}"
-        held_out, _ = encode_chats(chats, tokenizer, config.max_length)
+        held_out, also_cut = encode_chats(chats, tokenizer, config.max_length)
         train_rows, val_rows = [*filter(None, encoded)], [*filter(None, held_out)]
         if not (train_rows and val_rows):
-            raise ValueError(f"no chat fits into --max_length {config.max_length}")
+            raise ValueError(f"no chat fits into --max_length {config.max_length}; raise it")
+        read, cut, encoded = f"{read}; {also_read}", cut + also_cut, encoded + held_out
     else:
         train_rows, val_rows = split_rows(encoded, config.val_fraction, config.seed)
-    digest = hashlib.sha256(b"".join(ids.tobytes() for ids, _ in train_rows + val_rows)).hexdigest()
-    question = tokenizer.apply_chat_template([{"role": "user", "content": config.prompt}],
-                                             add_generation_prompt=True, return_dict=False)
+    digest = hashlib.sha256(b"".join(x.tobytes() for row in train_rows + val_rows for x in row))
+    question = render([{"role": "user", "content": config.prompt}], tokenizer,
+                      add_generation_prompt=True, return_dict=False)
     if len(question) >= config.max_length:
-        raise ValueError(f"--prompt has {len(question)} tokens, --max_length {config.max_length}")
+        raise ValueError(f"--prompt has {len(question)} tokens; take one with less than "
+                         f"--max_length {config.max_length}")
     asked = [(np.array([*question, tokenizer.eos_token_id], np.int32), len(question))]
     for ids, labels in val_rows[: config.max_answers]:  # the last turn of each is answered anew
         asked.append((ids, np.flatnonzero(labels == -100)[-1].item() + 1))
+    if config.packing:
+        check_packing(model, train_rows[0], device)
 
     # A row is a list of chats: of one, or with --packing of as many as fit.
     unpacked = [len(ids) - 1 for ids, _ in train_rows]
@@ -851,7 +901,7 @@ def tune(config):
     total_steps = config.num_epochs * epoch_steps or 1000
     total_steps = config.max_steps if config.max_steps >= 0 else total_steps
 
-    if output_dir.resolve() in Path(config.model).resolve().parents:
+    if Path(config.model).resolve() == (output_dir / "final_model").resolve():
         raise ValueError(f"{config.model} lies in --output_dir={output_dir}, which is written anew:"
                          " take another --output_dir")
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -869,7 +919,7 @@ def tune(config):
         print(f"{len(unpacked)} chats for training in {len(lengths)} rows, {padding(lengths):.1%} "
               "padding" + f" ({padding(unpacked):.1%} without --packing)" * config.packing
               + f"; {len(asked) - 1} held-out prompts are answered before and after")
-        print(f"learned is what stands in brackets: {show_labels(*train_rows[0][0], tokenizer)}")
+        print(f"learned is what stands in brackets: {show_labels(*train_rows[-1][-1], tokenizer)}")
         print(f"{config.batch_size} rows x {config.gradient_accumulation_steps} micro-batches x "
               f"{world_size} processes = {global_batch_size} rows a step; {epoch_steps} steps per "
               f"epoch, {total_steps} in all; {precision} on {device}", flush=True)
@@ -887,7 +937,7 @@ def tune(config):
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
     identity = dict(itertools.takewhile(lambda item: item[0] != "config", asdict(config).items()))
-    identity |= {"data": digest[:16], "global batch": global_batch_size}
+    identity |= {"data": digest.hexdigest()[:16], "global batch": global_batch_size}
     restored = restore(output_dir, resume, identity, device, **parts)
     fresh, progress = restored is None, restored or {"step": 0, "tokens_seen": 0}
     start_step, tokens_seen = progress.values()
@@ -926,8 +976,8 @@ def tune(config):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
         # Every rank knows the whole global batch, so also how many tokens it teaches. A mean over
-        # each micro-batch, averaged, would weigh the tokens of short answers more (in the test its
-        # gradient is off by 10%, this one by 1e-7).
+        # each micro-batch, averaged, would weigh the tokens of short answers more (in 03's test
+        # its gradient is off by 10%, ours by 1e-7).
         batch = batches[position]
         step_targets = sum(n_targets[i] for i in batch if i is not None)
         step_tokens = sum(lengths[i] for i in batch if i is not None)
@@ -1010,13 +1060,12 @@ def tune(config):
         minutes = (time.perf_counter() - began) / 60
         end = (f"done: {result} in {minutes:.1f} min; {output_dir} has final_model, loss.png, "
                "loss.pdf, answers_before.jsonl, answers_after.jsonl, metrics.jsonl, runs")
-    if config.push_to_hub and not stop:
-        end += "; uploaded: " + on_rank_0(lambda: str(on_hub(
-            huggingface_hub.upload_folder, config.push_to_hub,
-            folder_path=output_dir / "final_model")))
     if is_main:
         print(end, flush=True)
     leave_group()
+    if config.push_to_hub and is_main and not stop:  # however long it takes, nobody waits for it
+        print("uploaded:", on_hub(huggingface_hub.upload_folder, config.push_to_hub,
+                                  folder_path=output_dir / "final_model"), flush=True)
     return 143 if stop else 0
 
 @record

@@ -290,7 +290,7 @@ def test_models_that_cannot_be_used_are_refused(kit, tmp_path):
         tmp_path, kit, student_model=tmp_path / "bare")
     shutil.copytree(kit / "student", tmp_path / "strict")
     (tmp_path / "strict/chat_template.jinja").write_text("{{ raise_exception('no system role') }}")
-    assert "row 1: the chat template refuses it: no system role" in distil_here(
+    assert "row 1: the chat template fails: no system role" in distil_here(
         tmp_path, kit, student_model=tmp_path / "strict")
     shutil.copytree(kit / "student", tmp_path / "outputs/final_model")
     assert "lies in --output_dir" in distil_here(

@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 import urllib.request
+from contextlib import nullcontext
 from functools import partial
 
 import numpy as np
@@ -17,7 +18,15 @@ import torch
 import torch.nn.functional as F
 from conftest import assert_same, free_port, read_metrics, run_main, run_script, started
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, pipeline
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    OPTConfig,
+    pipeline,
+)
 
 import common
 
@@ -82,9 +91,9 @@ def whole(kit, tmp_path_factory):
     assert tune_here(folder, kit, **split(16, 1, **SHORT)) == 0
     return folder
 
-def load(kit, name="llama", seed=0):
+def load(kit, name="llama"):
     model, tokenizer = lesson.load_model("model", kit / name, torch.float32, "cpu")
-    lesson.prepare_tokenizer(model, tokenizer, seed)
+    lesson.prepare_tokenizer(model, tokenizer)
     return model.eval(), tokenizer
 
 def encoded(kit, tokenizer, max_length=192):
@@ -181,12 +190,12 @@ def test_answers_and_the_ends_of_their_turns_are_learned(kit, template):
     if template:
         tokenizer.add_special_tokens({"eos_token": "<|im_end|>", "pad_token": "<|im_end|>"})
         tokenizer.chat_template = template
-    lesson.prepare_tokenizer(model, tokenizer, 0)
+    lesson.prepare_tokenizer(model, tokenizer)
     assert tokenizer.eos_token == "<|im_end|>"
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
     assert (tokenizer.pad_token == tokenizer.eos_token) == bool(template)
     messages = chat("Why?", "So. Föhn 火\n", "And?", " Yes", system="Be brief.")
-    [(ids, labels)], cut = lesson.encode_chats([messages], tokenizer, 500)
+    [(ids, labels)], cut = lesson.encode_chats([("row", messages)], tokenizer, 500)
     assert learned_texts(tokenizer, ids, labels) == ["So. Föhn 火\n<|im_end|>", " Yes<|im_end|>"]
     text = tokenizer.apply_chat_template(messages, tokenize=False)
     assert tokenizer.decode(ids) == text.rstrip() and cut == 0
@@ -195,7 +204,7 @@ def test_answers_and_the_ends_of_their_turns_are_learned(kit, template):
 
 def test_the_template_of_02_is_kept(kit):
     _, tokenizer = load(kit, "gpt")
-    [(ids, labels)], _ = lesson.encode_chats([chat("a", "b", "c", "d")], tokenizer, 192)
+    [(ids, labels)], _ = lesson.encode_chats([("row", chat("a", "b", "c", "d"))], tokenizer, 192)
     assert tokenizer.eos_token == "<|endoftext|>"
     assert learned_texts(tokenizer, ids, labels) == [" b<|endoftext|>", " d<|endoftext|>"]
 
@@ -205,19 +214,35 @@ def test_a_long_chat_is_cut_after_the_last_turn_that_fits(kit):
     first, both = (len(tokenizer.apply_chat_template(messages[:n], return_dict=False)) - 1
                    for n in (2, 4))
     for max_length, kept in ((both, both), (both - 1, first), (first, first), (first - 1, None)):
-        [row], cut = lesson.encode_chats([messages], tokenizer, max_length)
-        assert (row and len(row[0])) == kept and cut == (max_length < both)
+        [row], cut = lesson.encode_chats([("row", messages)], tokenizer, max_length)
+        assert (row and len(row[0])) == kept and cut == (kept == first)
 
-def test_new_tokens_get_rows_near_the_mean_and_a_multiple_of_64(kit):
+def test_new_tokens_get_the_mean_row_and_a_multiple_of_64(kit):
     old = load_file(kit / "llama/model.safetensors")["model.embed_tokens.weight"]
     model, tokenizer = load(kit)
     new = model.get_input_embeddings().weight
     assert len(tokenizer) == 259 and new.shape[0] == 320
     assert torch.equal(new[:257], old)
-    assert (new[257:259] - old.mean(0)).norm(dim=1).max() < old.norm(dim=1).min() / 2
+    torch.testing.assert_close(new[257:], old.mean(0).expand(63, -1))
     assert model.generation_config.suppress_tokens == list(range(259, 320))
-    again = load(kit)[0].get_input_embeddings().weight
-    assert torch.equal(new, again)
+    model, tokenizer = lesson.load_model("model", kit / "llama", torch.float32, "cpu")
+    model.resize_token_embeddings(300)  # rows without a token, as Pythia has them
+    lesson.prepare_tokenizer(model, tokenizer)
+    new = model.get_input_embeddings().weight
+    assert new.shape[0] == 300 and torch.equal(new[258], new[:257].mean(0))
+
+def test_some_kinds_of_models_cannot_be_packed(kit):
+    _, tokenizer = load(kit)
+    first = encoded(kit, tokenizer)[0]
+    sizes = dict(vocab_size=320, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
+    for config in (OPTConfig(**sizes, ffn_dim=64, word_embed_proj_dim=32),
+                   MistralConfig(**sizes, intermediate_size=64, num_key_value_heads=1)):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config)
+        context = (pytest.raises(ValueError, match="--packing: with this kind of model")
+                   if config.model_type == "opt" else nullcontext())
+        with context:
+            lesson.check_packing(model, first, "cpu")
 
 FORMS = {
     "messages": {"messages": chat("a", "b")},
@@ -242,7 +267,26 @@ def test_the_usual_forms_are_read(form, suffix, tmp_path):
         chats, read = lesson.load_chats(str(source))
         assert read == f"{source}: 2 chats, as {form}"
         question = "a\n\nx" if "instruction" in form else "a"
-        assert chats[1] == chat(question, "b", system="s" if "ShareGPT" in form else None)
+        assert chats[1][1] == chat(question, "b", system="s" if "ShareGPT" in form else None)
+
+@pytest.mark.parametrize(("row", "messages"), [
+    ({"messages": [{"role": "system", "content": ""}, *chat("a", "b", "c")]}, chat("a", "b")),
+    ({"prompt": "a", "response": "b", "system": "s"}, chat("a", "b", system="s")),
+    ({"prompt": chat("a", "b", "c"), "completion": [{"role": "assistant", "content": "d"}]},
+     chat("a", "b", "c", "d")),
+])
+def test_variants_of_the_forms_are_read(row, messages):
+    assert lesson.as_messages(row)[0] == messages
+
+def test_a_template_with_todays_date_gives_the_same_tokens_tomorrow(kit, monkeypatch):
+    _, tokenizer = load(kit)
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}" + tokenizer.chat_template
+    assert lesson.render(chat("a"), tokenizer, tokenize=False).startswith("01 Jan 2026<|im_start|>")
+
+def test_a_model_whose_file_could_not_be_saved_is_exported(kit, tmp_path):
+    shutil.copytree(kit / "gpt", tmp_path / "model")
+    (tmp_path / "model/generation_config.json").write_text('{"temperature": 0.6, "top_p": 0.9}')
+    assert tune_here(tmp_path, kit, model=tmp_path / "model", max_steps=0) == 0
 
 def test_a_model_learns_its_chats_by_heart_and_to_stop(kit, tmp_path):
     """... and its folder answers in a pipeline."""
@@ -310,7 +354,7 @@ def test_labels_and_losses_are_those_of_trl(kit, tmp_path):
     trl = pytest.importorskip("trl", reason="install trl beside the requirements to compare")
     datasets = pytest.importorskip("datasets")
     model, tokenizer = load(kit)
-    rows = [{"messages": messages} for messages in lesson.load_chats(kit / "chats.jsonl")[0]]
+    rows = [{"messages": messages} for _, messages in lesson.load_chats(kit / "chats.jsonl")[0]]
     for packing in (False, True):
         args = trl.SFTConfig(str(tmp_path), assistant_only_loss=True, max_length=192, use_cpu=True,
                              packing=packing, bf16=False, per_device_train_batch_size=4)
@@ -374,8 +418,9 @@ BAD_ROWS = {
     ":1: there are no messages, .* but text": [{"text": "a"}],
     ":1: the conversation is empty": [{"messages": []}],
     ":1: there is no assistant turn": [{"messages": chat("a")}],
-    ":1: the roles are out of order: assistant, user": [{"messages": chat("a", "b")[::-1]}],
-    ":1: the roles are out of order: user, assistant, user": [{"messages": chat("a", "b", "c")}],
+    ":1: the roles are out of order: assistant;": [{"messages": chat("a", "b")[::-1]}],
+    ":1: the roles are out of order: user, user": [{"messages": chat("a", "b")[:1] * 2 + GOOD[
+        "messages"]}],
     ":1: a message is empty": [{"messages": chat("a", " ")}],
     ":1: a row must be a JSON object": [[1]],
 }
@@ -396,7 +441,7 @@ def test_bad_rows_are_named_by_line(words, kit, tmp_path):
     ({"backend": "nccl"}, "needs a GPU per process"),
     ({"learning_rate": "nan"}, "--learning_rate=nan must lie"),
     ({"max_length": 20}, "0 of 64 rows fit into --max_length"),
-    ({"prompt": "x" * 300}, "--prompt has 3[0-9]+ tokens, --max_length 192"),
+    ({"prompt": "x" * 300}, "--prompt has 3[0-9]+ tokens; take one .* --max_length 192"),
     ({"push_to_hub": "mine"}, "--push_to_hub needs a token: set HF_TOKEN"),
     ({"colour": 1}, "unknown: --colour=1"),
 ])
@@ -404,10 +449,12 @@ def test_bad_flags_end_in_one_line(changes, words, kit, tmp_path):
     assert re.fullmatch(f"error: .*{words}.*", tune_here(tmp_path, kit, **changes))
 
 @pytest.mark.parametrize(("template", "words"), [
-    ("{{ raise_exception('no such role') }}", "the chat template fails for chat 1: no such role"),
+    ("{{ raise_exception('no such role') }}", "the chat template fails: no such role"),
     ("{% for m in messages %}{{ m.content }} {% endfor %}", "ends an answer without a special"),
     ("{{ messages | length }}{% for m in messages %}{{ m.content + eos_token }}{% endfor %}",
-     "renders earlier turns in another way"),
+     "writes a turn in another way once it is answered"),
+    ("{% for m in messages %}{{ ': ' + m.content + eos_token + '.' }}{% endfor %}",
+     "ends an answer without a special"),
 ])
 def test_templates_that_cannot_be_used_are_refused(template, words, kit, tmp_path):
     shutil.copytree(kit / "gpt", tmp_path / "strict")
