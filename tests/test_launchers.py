@@ -116,16 +116,20 @@ def test_it_recovers_from_a_lost_worker_and_stops_for_signals_without_orphans(ki
         {step: expected[step] for step in own}, rel=1e-4)
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("victim", "codes"), [("worker", [1, 137]), ("machine", [1, -9])])
-def test_a_machine_that_loses_its_process_does_not_leave_the_other_waiting(victim, codes, folder):
+@pytest.mark.parametrize(("event", "codes"), [
+    ("signal", [143, 143]), ("worker killed", [1, 137]), ("machine lost", [1, -9])])
+def test_what_happens_to_one_machine_does_not_leave_the_other_waiting(event, codes, folder):
     flags = [*FLAGS[LESSON], "--device=cpu", "--max_steps=10000", "--log_every=1"]
     with two_machines(folder, LESSON, *flags, launcher="two sh") as runs:
         runs[0].wait_for_step(5)
         worker, = runs[1].process.children()
-        if victim == "machine":
-            runs[1].process.kill()
-        worker.kill()
+        if event == "signal":
+            runs[1].process.terminate()
+        else:
+            for process in [runs[1].process, worker][event == "worker killed":]:
+                process.kill()
         assert [run.process.wait(60) for run in runs] == codes
+    assert (event == "signal") == ("stopped by a signal after step" in runs[0].stdout)
 
 @pytest.fixture
 def busy_port():
