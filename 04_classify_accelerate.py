@@ -344,12 +344,13 @@ def load_dataset(name, **files):
     raise ValueError(f"{source}: {cause}; JSONL needs no network: --train_file train.jsonl")
 
 def json_object(line):
-    """The dict that a line of JSON holds; None if it holds no such thing, or is not UTF-8."""
+    """The dict that a line of JSON holds; None if it holds no such thing, or no UTF-8 text."""
     try:
         row = json.loads(line)
-    except (ValueError, RecursionError):
+        "".join(x for x in row.values() if isinstance(x, str)).encode()
+    except (ValueError, RecursionError, AttributeError):
         return None
-    return row if isinstance(row, dict) else None
+    return row
 
 def read_splits(config):
     """Returns {split: (source, {line number: row})}, and {column: label names} as far as known."""
