@@ -337,6 +337,14 @@ def test_no_steps_evaluate_and_export(kit, tmp_path):
     assert record["val_loss"] == record["before_val_loss"]
     assert (tmp_path / "sft_output_multigpu/final_model/model.safetensors").exists()
 
+def test_a_profile_and_deterministic_kernels(kit, tmp_path):
+    run = run_script(tmp_path, NAME, *flags(kit, max_steps=7, max_answers=1), "--profile",
+                     "--deterministic")
+    assert "Self CPU time total" in run.stdout
+    trace = json.loads((tmp_path / "sft_output_multigpu/trace.json").read_text())
+    names = [event["name"] for event in trace["traceEvents"]]
+    assert [x for x in names if x.startswith("ProfilerStep#")] and "aten::mm" in names
+
 def test_final_model_is_pushed_to_the_hub(kit, tmp_path, monkeypatch):
     calls = []
     monkeypatch.setenv("HF_TOKEN", "hf_marked")
