@@ -60,6 +60,15 @@ def test_relative_links_exist():
     assert links and [link for link in links if not (ROOT / link).exists()] == []
 
 
+def test_the_numbers_are_those_of_the_results():
+    spec = importlib.util.spec_from_file_location("fill", ROOT / "results/fill_readme.py")
+    fill = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(fill)
+    text = fill.README.read_text(encoding="utf-8")
+    assert text.count("<!-- results/") >= 6
+    assert fill.filled(text) == text, "python results/fill_readme.py"
+
+
 def blocks(pattern):
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     return [x for x in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) if pattern in x]
