@@ -775,7 +775,11 @@ def fine_tune(config):
     accelerator.register_load_state_pre_hook(lambda models, folder: models.__setitem__(
         0, accelerator.unwrap_model(models[0])))
     if folder:
-        accelerator.load_state(folder)
+        try:
+            accelerator.load_state(folder)
+        except Exception as problem:  # its checksums are right, but it is none of ours
+            raise ValueError(f"{folder} is no checkpoint of this lesson, {type(problem).__name__}; "
+                             "--overwrite starts afresh") from None
         accelerator.step = 0  # how accumulate() counts micro-batches
     card = output_dir / "final_model/README.md"
     finished = folder and start_step >= total_steps and card.exists()
@@ -873,6 +877,9 @@ def fine_tune(config):
     elif finished:
         end = f"this run is finished: {output_dir}/final_model"
     else:
+        if not (output_dir / "final_model").exists():
+            raise ValueError(f"{output_dir}/final_model, which holds the best weights up to step "
+                             f"{start_step}, was removed; --overwrite starts afresh")
         trained = AutoModelForSequenceClassification.from_pretrained(
             output_dir / "final_model", dtype=torch.float32)
         accelerator.unwrap_model(model).load_state_dict(trained.state_dict())

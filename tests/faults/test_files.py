@@ -1,6 +1,8 @@
 """Checkpoints that are damaged, foreign or hostile; a full disk; a folder that became read-only."""
 
+import hashlib
 import importlib
+import json
 import random
 import re
 import shutil
@@ -58,7 +60,10 @@ def test_damaged_checkpoints_are_never_used_nor_executed(script, tmp_path, capfd
         print("damage", damage.__name__, "seed", seed)
         rng, folder = random.Random(seed), tmp_path / str(number)
         shutil.copytree(finished(script), folder)
-        shutil.rmtree(folder / "out/final_model")
+        if script == "04":  # final_model has the best weights; without its card, it is unfinished
+            (folder / "out/final_model/README.md").unlink()
+        else:
+            shutil.rmtree(folder / "out/final_model")
         path = rng.choice(checkpoint_files(folder, script))
         before = path.read_bytes()
         damage(path, rng)
@@ -74,6 +79,19 @@ def test_damaged_checkpoints_are_never_used_nor_executed(script, tmp_path, capfd
         error = train_here(folder, script, "--resume")
         assert re.match("error: .*checkpoint.* cannot be read; --overwrite", error)
         assert not [*folder.rglob("executed")] and not Path("executed").exists()
+
+@SLOW
+@pytest.mark.parametrize("name", ["optimizer.bin", "random_states_0.pkl", "model.safetensors"])
+def test_code_with_the_right_checksum_is_not_executed_either(name, tmp_path):
+    folder = shutil.copytree(finished("04"), tmp_path / "run")
+    path, progress = folder / "out/checkpoint" / name, folder / "out/checkpoint/progress.json"
+    code(path, random)
+    state = json.loads(progress.read_text())
+    state["sha256"][name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    progress.write_text(json.dumps(state))
+    result = train_here(folder, "04", "--resume")
+    assert result == 0 or re.match("error: .*checkpoint is no checkpoint of this lesson", result)
+    assert not [*folder.rglob("executed")] and not Path("executed").exists()
 
 @pytest.mark.parametrize(("script", "other"), [
     ("02", "06"), pytest.param("03", "02", marks=SLOW), pytest.param("06", "03", marks=SLOW)])
