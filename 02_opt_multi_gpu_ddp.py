@@ -524,7 +524,8 @@ def plan_memory(config, world_size, device):
         parts = {
             "casts": (4 - half) * (12 * L * D * D + V * D),
             "activations": block + L * 4 * tokens * D if recompute == "on" else L * block,
-            "logits": tokens * max(12 * V / config.loss_chunks, 8 * D * half),  # or GELU's, later
+            "logits": tokens * max(12 * V / config.loss_chunks, 8 * D * half)  # or GELU's, later
+                      + (config.loss_chunks > 1) * 8 * V * D,  # the head's gradients, taken at once
         }
         # Gradients stay in DDP's buckets, and outside to accumulate; else they replace the above.
         copies = (world_size > 1) + (config.gradient_accumulation_steps > 1)
@@ -572,11 +573,10 @@ def build_model(config, weights, device):
               {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}]
     adamw = partial(torch.optim.AdamW, betas=(config.adam_beta1, config.adam_beta2), fused=True)
     kind = adamw if config.optimizer == "adamw" else partial(torch.optim.Adafactor, foreach=False)
-    settings = dict(lr=config.learning_rate, weight_decay=config.weight_decay)
     if config.shard_optimizer == "on":
         from torch.distributed.optim import ZeroRedundancyOptimizer  # 0.7 s to import
-        return model, ZeroRedundancyOptimizer(groups, kind, **settings)
-    return model, kind(groups, **settings)
+        kind = partial(ZeroRedundancyOptimizer, optimizer_class=kind)
+    return model, kind(groups, lr=config.learning_rate, weight_decay=config.weight_decay)
 
 @torch.no_grad()
 def evaluate(model, windows, batch_size, rank, world_size, device, autocast):

@@ -7,8 +7,6 @@ T time (tokens), V vocabulary, D width (emb_dim)."""
 import itertools
 import os
 import re
-from collections import OrderedDict
-from functools import reduce
 
 import numpy as np
 import tiktoken
@@ -47,9 +45,9 @@ class TransformerBlock(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         D, gelu = cfg["emb_dim"], nn.GELU(approximate="tanh")  # as in GPT-2
-        layers = nn.Sequential(nn.Linear(D, 4 * D), gelu, nn.Linear(4 * D, D))
         self.norm1, self.att = nn.LayerNorm(D), MultiHeadAttention(cfg)
-        self.norm2, self.ff = nn.LayerNorm(D), nn.Sequential(OrderedDict(layers=layers))
+        self.norm2, self.ff = nn.LayerNorm(D), nn.Sequential()
+        self.ff.layers = nn.Sequential(nn.Linear(D, 4 * D), gelu, nn.Linear(4 * D, D))
         self.drop_shortcut = nn.Dropout(cfg["drop_rate"])
 
     def forward(self, x, cache=None):
@@ -85,22 +83,25 @@ class GPTModel(nn.Module):
         past, T = cache[0]["keys"].shape[2] if cache and cache[0] else 0, input_ids.shape[1]
         x = self.drop_emb(self.tok_emb(input_ids) + self.pos_emb.weight[past : past + T])
         for i, block in enumerate(self.trf_blocks):
-            if self.gradient_checkpointing and self.training:
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x, cache[i] if cache else None)
+            again = self.gradient_checkpointing and self.training
+            x = checkpoint(block, x, use_reentrant=False) if again else block(x, cache and cache[i])
         x = self.final_norm(x)
         if targets is None:
             return self.out_head(x)
-        x, targets = x.flatten(0, 1), targets.flatten()
-        if self.loss_chunks == 1:
-            return self.summed_loss(x, targets)
+        x, targets, weight = x.flatten(0, 1), targets.flatten(), self.out_head.weight
+        summed_loss = lambda x, ids: F.cross_entropy(self.out_head(x).float(), ids, reduction="sum")
         parts = zip(x.chunk(self.loss_chunks), targets.chunk(self.loss_chunks), strict=True)
-        return sum(checkpoint(self.summed_loss, *part, use_reentrant=False) for part in parts)
-
-    def summed_loss(self, hidden, targets):
-        """hidden (N, D), targets (N,) -> summed cross-entropy in nats, computed in fp32."""
-        return F.cross_entropy(self.out_head(hidden).float(), targets, reduction="sum")
+        if self.loss_chunks == 1 or not torch.is_grad_enabled():
+            return sum(summed_loss(*part) for part in parts)
+        # Each part's gradients are taken now, and its logits go. x - x.detach() is 0 and hands on
+        # in backward() what it is multiplied with: these gradients come back behind a loss + 0.
+        loss, weight_grad = 0.0, torch.zeros_like(weight)
+        for part, ids in parts:
+            part_loss = summed_loss(part, ids)
+            part_grad, more = torch.autograd.grad(part_loss, (part, weight))
+            weight_grad += more
+            loss += part_loss.detach() + ((part - part.detach()) * part_grad).sum()
+        return loss + ((weight - weight.detach()) * weight_grad).sum()
 
 @torch.no_grad()
 def generate(model, input_ids, max_new_tokens, temperature=1.0, top_k=None, n_vocab=None, rng=None):
@@ -128,20 +129,18 @@ def generate(model, input_ids, max_new_tokens, temperature=1.0, top_k=None, n_vo
 # --- The model as other programs know it ----------------------------------------------------------
 HF_NAMES = {
     "tok_emb": "transformer.wte", "pos_emb": "transformer.wpe", "trf_blocks": "transformer.h",
-    "norm1": "ln_1", "att.qkv": "attn.c_attn", "att.proj": "attn.c_proj",
-    "norm2": "ln_2", "ff.layers.0": "mlp.c_fc", "ff.layers.2": "mlp.c_proj",
-    "final_norm": "transformer.ln_f", "out_head": "lm_head",
-}
+    "norm1": "ln_1", "att.qkv": "attn.c_attn", "att.proj": "attn.c_proj", "norm2": "ln_2",
+    "ff.layers.0": "mlp.c_fc", "ff.layers.2": "mlp.c_proj", "final_norm": "transformer.ln_f",
+    "out_head": "lm_head"}
 
-CHAT_TEMPLATE = (  # every message: "role: text" and the end token
-    "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
-    "{% if add_generation_prompt %}assistant:{% endif %}")
+CHAT_TEMPLATE = ("{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
+                 "{% if add_generation_prompt %}assistant:{% endif %}")
 
 def rename_weights(weights, names):
     """Rename by parts of names; transpose the blocks' matrices, which GPT-2 keeps as (in, out)."""
     renamed = {}
     for name, w in weights.items():
-        new_name = reduce(lambda name, pair: name.replace(*pair), names.items(), name)
+        new_name = re.sub("|".join(map(re.escape, names)), lambda part: names[part[0]], name)
         in_block = w.dim() == 2 and name.startswith(("trf_blocks.", "transformer.h."))
         renamed[new_name] = w.T.contiguous() if in_block else w
     return renamed

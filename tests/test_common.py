@@ -2,6 +2,7 @@
 
 import math
 import random
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -85,16 +86,20 @@ def test_the_loss_is_summed_cross_entropy_of_chunks(loss_chunks, gradient_checkp
     """-100 ignored, gradients too. More than one chunk of logits is never made nor ever kept."""
     model, input_ids, targets = random_model().train(), random_ids(3, 16), random_ids(3, 16)
     log_probs = model(input_ids).log_softmax(-1).gather(2, targets[..., None])[..., 0]
-    ignored, made, kept = torch.arange(48).view(3, 16) % 5 == 2, [], []
+    ignored, made, kept = torch.arange(48).view(3, 16) % 5 == 2, [], weakref.WeakSet()
+    class Kept:
+        def __init__(self, x):
+            self.x = x
+            kept.add(self)
     model.loss_chunks, model.gradient_checkpointing = loss_chunks, gradient_checkpointing
     model.out_head.register_forward_hook(lambda layer, args, logits: made.append(logits.numel()))
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
+    with torch.autograd.graph.saved_tensors_hooks(Kept, lambda saved: saved.x):
         loss = model(input_ids, targets.masked_fill(ignored, -100))
+    assert any(saved.x.shape[-1:] == (300,) for saved in kept) == (loss_chunks == 1)
     actual, expected = ((loss, *torch.autograd.grad(loss, model.parameters()))
                         for loss in (loss, -log_probs[~ignored].sum()))
     assert_close(actual, expected)
     assert max(made) == math.ceil(48 / loss_chunks) * 300
-    assert any(shape[-1:] == (300,) for shape in kept) == (loss_chunks == 1)
 
 def test_the_initialisation_is_that_of_gpt2():
     torch.manual_seed(0)
