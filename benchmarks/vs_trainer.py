@@ -6,13 +6,13 @@ rows, batch size, precision, steps, learning rate; in processes that take turns.
     python benchmarks/vs_trainer.py 05 --model MODEL --train_file chats.jsonl \\
         --sides ours trainer trainer_grouped ours_packed trainer_packed
 
-The first 3 steps are not timed. Peers have their defaults: no grouping of rows by length, except as
+The first 3 steps are not timed. Peers have their defaults: no grouping by length, except as
 trainer_grouped; only SFTTrainer's gradient checkpointing, which costs speed, is off. 05 needs trl,
-best in an environment of its own, and a model with a chat template. CUDA_VISIBLE_DEVICES=0 for one
-GPU.
+best in an environment of its own. On GPUs: CUDA_VISIBLE_DEVICES=0 for one.
 """
 
 import argparse
+import contextlib
 import importlib
 import json
 import statistics
@@ -28,10 +28,9 @@ import transformers
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 NAMES = {"04": "04_classify_accelerate", "05": "05_sft_multigpu"}
-UNITS = {"04": "samples", "05": "learned tokens"}
 
 class Meter(transformers.TrainerCallback):
-    """What was counted per second, from the end of the third step on."""
+    """Samples (04) or learned tokens (05) per second, from the end of the third step on."""
     def __init__(self, per_step):
         self.per_step, self.counted, self.steps = per_step, 0, []
 
@@ -52,25 +51,23 @@ class Meter(transformers.TrainerCallback):
         (began, before), (ended, after) = self.steps[2], self.steps[-1]
         return (after - before) / (ended - began)
 
-def flags_04(args):
-    return {"model": args.model, "train_file": args.train_file, "eval_every": args.steps,
-            "validation_file": args.validation_file}
-
-def flags_05(args):
+def lesson_flags(args):
+    if args.lesson == "04":
+        return {"model": args.model, "train_file": args.train_file, "eval_every": args.steps,
+                "validation_file": args.validation_file}
     return {"model": args.model, "dataset": args.train_file, "max_length": args.max_length,
             "packing": "packed" in args.side, "val_fraction": 0.01, "eval_every": 10**9,
             "max_answers": 1, "max_new_tokens": 1}
 
 def trainer_04(args, lesson, meter, settings):
     """A Trainer for the model and the rows as the lesson prepares them, and a test for it."""
-    config = lesson.Config(seed=args.seed, **flags_04(args))
+    config = lesson.Config(seed=args.seed, **lesson_flags(args))
     data, names, _ = lesson.load_data(config)
     model, tokenizer, max_length, _ = lesson.load_classifier(config, names)
     rows = {split: lesson.tokenize(tokenizer, data[split], max_length)[0] for split in data}
     trainer = transformers.Trainer(
         model, transformers.TrainingArguments(**settings), train_dataset=rows["train"],
-        processing_class=tokenizer, callbacks=[meter],
-        data_collator=transformers.DataCollatorWithPadding(tokenizer))
+        processing_class=tokenizer, callbacks=[meter])  # pads, as there is a tokenizer
     def accuracy():
         output = trainer.predict(rows["validation"])
         return (output.predictions.argmax(-1) == output.label_ids).mean().item()
@@ -95,28 +92,24 @@ def run_side(args):
     lesson = importlib.import_module(NAMES[args.lesson])
     meter = Meter(args.batch_size if args.lesson == "04" else 0)
     if "trainer" in args.side:
-        make = {"04": trainer_04, "05": trainer_05}[args.lesson]
-        trainer, accuracy = make(args, lesson, meter, dict(
+        trainer, accuracy = globals()[f"trainer_{args.lesson}"](args, lesson, meter, dict(
             output_dir=f"{args.folder}/out", per_device_train_batch_size=args.batch_size,
-            per_device_eval_batch_size=args.batch_size, max_steps=args.steps, seed=args.seed,
-            learning_rate=args.learning_rate, bf16=args.precision == "bf16", disable_tqdm=True,
-            fp16=args.precision == "fp16", use_cpu=not torch.cuda.is_available(),
-            save_strategy="no"))
+            max_steps=args.steps, seed=args.seed, learning_rate=args.learning_rate,
+            bf16=args.precision == "bf16", fp16=args.precision == "fp16", disable_tqdm=True,
+            use_cpu=not torch.cuda.is_available(), save_strategy="no"))
         trainer.train()
         return meter.speed(), accuracy()
-    flags = {"04": flags_04, "05": flags_05}[args.lesson](args) | {
+    flags = lesson_flags(args) | {
         "batch_size": args.batch_size, "max_steps": args.steps, "learning_rate": args.learning_rate,
         "warmup_steps": 0, "weight_decay": 0, "precision": args.precision, "seed": args.seed,
         "output_dir": f"{args.folder}/out", "save_every": 10**9}
-    lesson.start_profiler = lambda *_: meter.step  # what the lesson calls after every step
+    lesson.start_profiler = lambda *_: meter.step  # is called after every step
     if args.lesson == "05":
         lesson.collate_chats = meter.counting(lesson.collate_chats, lambda rows: sum(
             (labels[1:] != -100).sum().item() for row in rows for _, labels in row or []))
     sys.argv = [NAMES[args.lesson], *(f"--{key}={x}" for key, x in flags.items())]
-    try:
+    with contextlib.suppress(SystemExit):  # a failed run has too few steps for a speed
         lesson.main()
-    except SystemExit as end:
-        assert not end.code
     records = map(json.loads, Path(args.folder, "out/metrics.jsonl").open())
     return meter.speed(), [x.get("val_accuracy") for x in records][-1]
 
@@ -124,16 +117,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     flag = parser.add_argument
     flag("lesson", choices=NAMES)
-    flag("--model", required=True, help="folder or hub name")
-    flag("--train_file", required=True, help="JSONL of labelled texts, or of chats")
-    flag("--validation_file", default="", help="04's")
-    flag("--batch_size", type=int, default=32)
-    flag("--max_length", type=int, default=512, help="05's")
-    flag("--steps", type=int, default=100)
-    flag("--learning_rate", type=float, default=1e-4)
+    for name, value in dict(
+            model="", train_file="", validation_file="", batch_size=32, max_length=512, steps=100,
+            learning_rate=1e-4, runs=3, seed=0).items():
+        flag(f"--{name}", type=type(value), default=value)
     flag("--precision", choices=["fp32", "bf16", "fp16"], default="bf16")
-    flag("--runs", type=int, default=3, help="of each, each with a seed of its own")
-    flag("--seed", type=int, default=0, help="of the first run; then one more")
     flag("--sides", nargs="+", default=["ours", "trainer"])
     flag("--side", help=argparse.SUPPRESS)  # in a process of its own
     flag("--folder", help=argparse.SUPPRESS)
@@ -144,17 +132,13 @@ def main():
     for seed in range(args.seed, args.seed + args.runs):
         for side in args.sides if seed % 2 == 0 else reversed(args.sides):
             with tempfile.TemporaryDirectory() as folder:
-                run = subprocess.run(
-                    [sys.executable, *sys.argv, f"--side={side}", f"--seed={seed}",
-                     f"--folder={folder}"], capture_output=True, text=True)
+                command = [*sys.argv, f"--side={side}", f"--seed={seed}", f"--folder={folder}"]
+                run = subprocess.run([sys.executable, *command], capture_output=True, text=True)
             if run.returncode:
                 sys.exit(run.stderr)
             found[side].append(json.loads(run.stdout.splitlines()[-1]))
             print(f"seed {seed}, {side}: {found[side][-1]}", file=sys.stderr, flush=True)
-    print(f"torch {torch.__version__}, transformers {transformers.__version__}, "
-          f"{args.precision}, {args.steps} steps of {args.batch_size}, {args.runs} runs each\n\n"
-          f"| | {UNITS[args.lesson]}/s, median | lowest to highest | to the first | accuracy |\n"
-          "|---|---|---|---|---|")
+    print("\n| | per second, median | range | to the first | accuracy |\n|---|---|---|---|---|")
     first = statistics.median(speed for speed, _ in found[args.sides[0]])
     for side, results in found.items():
         speeds, accuracies = zip(*results, strict=True)
