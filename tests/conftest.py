@@ -42,8 +42,9 @@ def free_port():
         return server.getsockname()[1]
 
 def read_metrics(folder):
-    lines = [line for path in folder.glob("*/metrics.jsonl") for line in path.open()]
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    # Read at once: line by line, a line that is just being written can come in two parts.
+    text = "".join(path.read_text() for path in folder.glob("*/metrics.jsonl"))
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 def final_weights(folder):
     return load_file(next(folder.glob("*/final_model")) / "model.safetensors")

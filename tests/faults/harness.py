@@ -76,11 +76,7 @@ def launched(folder, script, *flags, launcher="torchrun", **env):
         try:
             yield run
         finally:
-            while left := marked(run.mark):
-                for process in left:
-                    with suppress(psutil.NoSuchProcess):
-                        process.kill()
-                time.sleep(0.01)
+            kill_all(run.mark)
 
 def train_here(folder, script, *flags):
     """One process, this one. Returns its exit code: 0 or the error line."""
@@ -118,6 +114,13 @@ def marked(mark):
             if process.environ().get(MARK) == mark and process.status() != "zombie":
                 found.append(process)
     return found
+
+def kill_all(mark):
+    """kill -9 until there is none: torchrun may just be starting another one."""
+    while left := marked(mark):
+        for process in left:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
 
 def none_left(run, seconds=10):
     """True as soon as no process of the run is alive."""

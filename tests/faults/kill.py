@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import psutil
-from harness import ROOT, SCRIPTS, launched, make_material, marked, none_left, outcome, workers
+from harness import ROOT, SCRIPTS, kill_all, launched, make_material, none_left, outcome, workers
 
 PHASES = "start-up", "training", "evaluation", "checkpoint", "export"
 WAYS = "one rank", "all", "torchrun restarts", "SIGTERM", "SIGUSR1"
@@ -69,10 +69,7 @@ def strike(way, run, script, rng):
     """Do it, and wait until all is over; for torchrun's restart, until it goes on."""
     victims = workers(run, script) or [run.process]
     if way == "all":
-        while left := marked(run.mark):
-            for process in left:
-                with suppress(psutil.NoSuchProcess):
-                    process.kill()
+        kill_all(run.mark)
     elif way == "SIGTERM":
         run.process.terminate()  # torchrun hands it on
     elif way == "SIGUSR1":

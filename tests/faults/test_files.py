@@ -3,6 +3,7 @@
 import hashlib
 import importlib
 import json
+import math
 import random
 import re
 import shutil
@@ -100,6 +101,19 @@ def test_the_checkpoint_of_another_lesson_is_refused(script, other, tmp_path):
     shutil.copy(finished(other) / "out/checkpoint.pt", folder / "out")
     error = train_here(folder, script, "--resume")
     assert re.match("error: checkpoint.pt is of a run with ", error)
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_log_of_a_skipped_fp16_step_is_json_and_can_be_plotted(script, tmp_path):
+    log = lesson_of(script).MetricsLog(tmp_path, -1)
+    for step, number in enumerate([1.5, math.nan, math.inf, 1.0]):
+        log.write({"step": step, "train_loss": number, "grad_norm": number})
+    forbid = lambda name: pytest.fail(f"{name} is no JSON")
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    losses = [json.loads(line, parse_constant=forbid)["train_loss"] for line in lines]
+    assert losses == [1.5, None, None, 1.0]
+    if script != "06":
+        figure = lesson_of(script).plot_metrics(tmp_path, ["train_loss"], "").figure
+        figure.savefig(tmp_path / "loss.png")
 
 @contextmanager
 def small_disk(path, kib):

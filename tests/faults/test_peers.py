@@ -26,12 +26,6 @@ def test_a_run_that_is_hit_at_a_random_moment_ends_the_same(tmp_path):
 
 @SLOW
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_all_phases_twice(script, tmp_path):
-    counts, _ = kill.trials(script, tmp_path, 10, random.randrange(10**6))
-    assert counts["ended the same"] == 10, counts
-
-@SLOW
-@pytest.mark.parametrize("script", SCRIPTS)
 def test_the_same_command_twice_gives_the_same_bits(script, tmp_path):
     make_material(tmp_path / "1")
     shutil.copytree(tmp_path / "1", tmp_path / "2")
@@ -44,12 +38,12 @@ def test_the_same_command_twice_gives_the_same_bits(script, tmp_path):
 def test_a_rank_that_stalls_is_given_up_after_the_timeout(script, rank, tmp_path):
     """torchrun gives a process 30 seconds after SIGTERM, which a stopped one does not hear."""
     make_material(tmp_path / "run")
-    with launched(tmp_path / "run", script, "--timeout_seconds=5") as run:
+    with launched(tmp_path / "run", script, "--timeout_seconds=10") as run:
         run.wait_for_step(random.randrange(20))
         harness.workers(run, script)[rank].suspend()
         began = time.monotonic()
         while len(harness.workers(run, script)) == 2:
-            assert time.monotonic() < began + 15
+            assert time.monotonic() < began + 30
             time.sleep(0.1)
         run.process.wait(60)
         assert harness.none_left(run)
@@ -58,7 +52,7 @@ def test_a_rank_that_stalls_is_given_up_after_the_timeout(script, rank, tmp_path
 @SLOW
 def test_a_starter_of_03_ends_when_a_process_stalls(tmp_path):
     make_material(tmp_path / "run")
-    with launched(tmp_path / "run", "03", "--timeout_seconds=5", "--num_processes=2",
+    with launched(tmp_path / "run", "03", "--timeout_seconds=10", "--num_processes=2",
                   launcher="python") as run:
         run.wait_for_step(5)
         victim = next(x for x in run.process.children() if "spawn_main" in " ".join(x.cmdline()))
@@ -105,7 +99,7 @@ def test_a_cut_network_ends_every_process_on_both_hosts(script, two_hosts, tmp_p
             here = [f"--local_addr=10.77.0.{i + 1}", f"--rdzv_conf=is_host={1 - i}"]
             agents.append(psutil.Popen(
                 [*in_host(host, *launch), *here, name, *flags, "--max_steps=5000",
-                 "--timeout_seconds=5"], cwd=folder, stderr=logs[i].open("w"),
+                 "--timeout_seconds=10"], cwd=folder, stderr=logs[i].open("w"),
                 stdout=subprocess.DEVNULL,
                 env=os.environ | {harness.MARK: mark, "GLOO_SOCKET_IFNAME": f"faults_{host}"}))
         end = time.monotonic() + 90
@@ -114,15 +108,14 @@ def test_a_cut_network_ends_every_process_on_both_hosts(script, two_hosts, tmp_p
             time.sleep(0.05)
         harness.run_as_root("ip", "-n", "faults_a", "link", "set", "faults_a", "down")
         began = time.monotonic()
-        while harness.marked(mark) and time.monotonic() < began + 60:
+        while harness.marked(mark) and time.monotonic() < began + 90:
             time.sleep(0.1)
         print(f"all ended {time.monotonic() - began:.1f} s after the cut")
         assert not harness.marked(mark) and all(agent.wait(1) for agent in agents)
         for rank, log in enumerate(logs):  # who is rank 0 is torchrun's choice
             assert re.search(LOST.format("[01]"), log.read_text(), re.M), rank
     finally:
-        for process in harness.marked(mark):
-            process.kill()
+        harness.kill_all(mark)
 
 @pytest.mark.parametrize("script", harness.QUICK_02)
 @pytest.mark.parametrize("number", ["nan", "inf"])
@@ -131,11 +124,11 @@ def test_numbers_that_are_not_finite_stop_the_run_and_spoil_nothing(
         where, number, script, tmp_path, monkeypatch):
     step, seen = random.randrange(4, 24), []
     clip, cross_entropy = torch.nn.utils.clip_grad_norm_, F.cross_entropy
-    def spoiled_clip(parameters, *arguments):
+    def spoiled_clip(parameters, *arguments, **options):
         seen.append(parameters := [*parameters])
         if where == "gradient" and len(seen) == step:
             random.choice(parameters).grad.view(-1)[0] = float(number)
-        return clip(parameters, *arguments)
+        return clip(parameters, *arguments, **options)
     def spoiled_loss(*arguments, **options):
         loss = cross_entropy(*arguments, **options)
         hit = where == "loss" and len(seen) == step - 1 and torch.is_grad_enabled()
