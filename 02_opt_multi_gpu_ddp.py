@@ -528,7 +528,7 @@ def plan_memory(config, world_size, device):
                       + (config.loss_chunks > 1) * 8 * V * D,  # the head's gradients, taken at once
         }
         # Gradients stay in DDP's buckets, and outside to accumulate; else they replace the above.
-        copies = (world_size > 1) + (config.gradient_accumulation_steps > 1)
+        copies = shard == "on" or (world_size > 1) + (config.gradient_accumulation_steps > 1)
         parts |= {"gradients": 4 * n * copies or max(0, 4 * n - sum(parts.values())),
                   "weights": 4 * n, "optimizer": state / (world_size if shard == "on" else 1)}
         if sum(parts.values()) < 0.95 * free:  # allocators leave gaps
@@ -639,7 +639,6 @@ def train(config):
     if not config.dry_run:
         on_rank_0(claim_output_dir, output_dir, lock, resume or config.overwrite)
     weights, config = initial_weights(config)
-
     token_file = on_rank_0(prepare_tokens, config, output_dir)
     global_batch_size = config.batch_size * config.gradient_accumulation_steps * world_size
     train_windows, val_windows = open_windows(config, token_file, global_batch_size)
@@ -678,7 +677,8 @@ def train(config):
     network, no_sync = model, nullcontext
     if world_size > 1:
         network = DDP(model, [device] if on_gpu else None, gradient_as_bucket_view=True)
-        no_sync = network.no_sync
+        # What is averaged at once lies in DDP's buckets alone: without no_sync(), for less memory.
+        no_sync = network.no_sync if config.shard_optimizer == "off" else nullcontext
     if config.compile and on_gpu:
         network = torch.compile(network)
     autocast = partial(torch.autocast, device.type, enabled=precision != "fp32",

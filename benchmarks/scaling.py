@@ -142,7 +142,7 @@ def main():
     args, flags = parser.parse_known_args()
     if args.worker:
         return worker(args.worker, flags)
-    flags = [*FLAGS, f"--max_steps={args.steps}", *flags]
+    flags = [*FLAGS, *([] if GPUS else ["--vocab_size=257"]), f"--max_steps={args.steps}", *flags]
     for table in (measured(flags, args.runs) if args.runs else [], on_paper(args)):
         print("", *table, sep="\n")
 
