@@ -45,9 +45,10 @@ class TransformerBlock(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         D, gelu = cfg["emb_dim"], nn.GELU(approximate="tanh")  # as in GPT-2
+        layers = nn.Sequential(nn.Linear(D, 4 * D), gelu, nn.Linear(4 * D, D))
         self.norm1, self.att = nn.LayerNorm(D), MultiHeadAttention(cfg)
         self.norm2, self.ff = nn.LayerNorm(D), nn.Sequential()
-        self.ff.layers = nn.Sequential(nn.Linear(D, 4 * D), gelu, nn.Linear(4 * D, D))
+        self.ff.layers = layers
         self.drop_shortcut = nn.Dropout(cfg["drop_rate"])
 
     def forward(self, x, cache=None):

@@ -1,5 +1,6 @@
 """Start a lesson as a reader does: alone with common.py in a folder, by its command line."""
 
+import gc
 import importlib
 import io
 import json
@@ -117,4 +118,5 @@ def run_main(folder, name, *flags):
         except SystemExit as end:
             return stderr.getvalue().splitlines()[-1] if end.code == 1 else end.code
         finally:
+            gc.collect()  # the lock of a run goes with its frames
             os.write(2, stderr.getvalue().encode())

@@ -511,7 +511,7 @@ def test_push_to_hub_makes_the_repository_before_and_fills_it_after(
     error = train_here(folder, *flags)
     assert error.startswith("error: --push_to_hub=me/mood: ConnectError: no route; ")
     assert train_here(folder, *flags, "--resume") == 0  # a finished run is only uploaded
-    assert "; uploaded: https://hub/me/mood\n" in capfd.readouterr().out
+    assert "uploaded: https://hub/me/mood\n" in capfd.readouterr().out
     assert calls[0] == calls[2] == "mood" and calls[1] == calls[3] and calls[1][0] == "me/mood"
     assert "train.jsonl" in calls[1][1] and len(calls) == 4
     files = [path for path in (folder / "classifier_output").rglob("*") if path.is_file()]
