@@ -80,6 +80,15 @@ def chat(rng):
         return {"prompt": rng.choice(TEXTS[2:]), "response": rng.choice(TEXTS[2:])}
     return {"messages": [{"role": role, "content": rng.choice(TEXTS[2:])} for role in roles]}
 
+def any_chat(rng):
+    """Of any form that 05 reads."""
+    row, q, a = chat(rng), rng.choice(TEXTS[2:]), rng.choice(TEXTS[2:])
+    shares = [{"from": x.get("role"), "value": q} for x in row.get("messages", [])]
+    forms = [row, {"conversations": shares}, {"instruction": q, "input": a, "output": a},
+             {"prompt": q, "completion": a, "system": rng.choice(TEXTS)},
+             {"prompt": row.get("messages", [])[:-1], "completion": row.get("messages", [])[-1:]}]
+    return rng.choice(forms)
+
 def labelled(rng):
     return {"text": rng.choice(TEXTS), "label": rng.choice(["a", "b"])}
 
@@ -119,6 +128,10 @@ def checkpoint(rng):
 def read_chats(path):
     rows = lesson["03"].read_conversations(path)
     lesson["03"].encode(rows, tokenizer(), 64)
+
+def read_any_chats(path):
+    chats, _ = lesson["05"].load_chats(path)
+    lesson["05"].encode_chats(chats, tokenizer(), 64)
 
 def read_labelled(path):
     config = lesson["04"].Config(train_file=path, val_fraction=0.5)
@@ -161,6 +174,9 @@ def tokenizer():
 
 FORMATS = {
     "chats.jsonl": (json_lines(chat), read_chats),
+    "any_chats.jsonl": (json_lines(any_chat), read_any_chats),
+    "any_chats.json": (lambda rng: b"[%s]" % json_lines(any_chat)(rng).replace(b"\n", b","),
+                       read_any_chats),
     "prompts.jsonl": (json_lines(chat), lambda path: [*lesson["01"].file_prompts(path)]),
     "prompts.txt": (text, lambda path: [*lesson["01"].file_prompts(path)]),
     "rows.jsonl": (json_lines(lambda rng: {"id": str(rng.randrange(9))}),
