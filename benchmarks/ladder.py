@@ -104,7 +104,7 @@ def save(path, title, results):
     axes.bar_label(axes.barh(list(shown), shown.values()), fmt="{:,.0f}", padding=3)
     axes.invert_yaxis()
     axes.margins(x=0.15)
-    axes.set(xlabel="tokens per second", title=title)
+    axes.set(xlabel="tokens per second", title=title.replace("; ", "\n"))
     axes.title.set_fontsize(8)
     axes.figure.savefig(path.with_suffix(".png"), dpi=120)
 
