@@ -104,7 +104,7 @@ class Config:
     device: Literal["auto", "cpu", "cuda", "mps"] = HfArg(default="auto", help="where to compute")
     backend: Literal["auto", "nccl", "gloo"] = HfArg(default="auto", help="auto: nccl on GPUs")
     compile: bool = HfArg(default=True, help="torch.compile, on CUDA only")
-    loss_chunks: int = HfArg(default=1, help="parts of the loss: more take less memory for logits")
+    loss_chunks: int = HfArg(default=1, help="parts of the loss: more take less memory, no time")
     gradient_checkpointing: AutoOnOff = HfArg(default="auto", help="less memory, more time")
     shard_optimizer: AutoOnOff = HfArg(default="auto", help="each rank keeps part of Adam's state")
     timeout_seconds: int = HfArg(default=1800, help="longest wait for another rank")
@@ -512,6 +512,7 @@ def plan_memory(config, world_size, device):
         n = sum(p.numel() for p in common.GPTModel(vars(config)).parameters())
     D, L, V = config.emb_dim, config.n_layers, config.vocab_size
     half = 4 if config.precision == "fp32" else 2  # bytes of a number under autocast
+    logit = 12 if config.loss_chunks == 1 else half + (16 - 2 * half) / config.loss_chunks  # bytes
     state = 8 * n if config.optimizer == "adamw" else 0  # Adafactor's is about a row per matrix
     tokens = config.batch_size * config.context_length
     block = tokens * D * (8 + 14 * half + 2 * (config.drop_rate > 0))
@@ -524,8 +525,7 @@ def plan_memory(config, world_size, device):
         parts = {
             "casts": (4 - half) * (12 * L * D * D + V * D),
             "activations": block + L * 4 * tokens * D if recompute == "on" else L * block,
-            "logits": tokens * max(12 * V / config.loss_chunks, 8 * D * half)  # or GELU's, later
-                      + (config.loss_chunks > 1) * 8 * V * D,  # the head's gradients, taken at once
+            "logits": tokens * max(V * logit, 8 * D * half),  # or what GELU needs, later
         }
         # Gradients stay in DDP's buckets, and outside to accumulate; else they replace the above.
         copies = shard == "on" or (world_size > 1) + (config.gradient_accumulation_steps > 1)

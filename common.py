@@ -1,8 +1,7 @@
 """The GPT model and the token windows of lessons 02 and 06: the only code that scripts share.
 
-Parameter names and configuration keys are those of S. Raschka, "Build a Large Language Model (From
-Scratch)", ch05/10_llm-training-speed, whose checkpoints load here strictly. Dimensions: B batch,
-T time (tokens), V vocabulary, D width (emb_dim)."""
+Names and configuration keys are of S. Raschka, "Build a Large Language Model (From Scratch)", ch05/
+10_llm-training-speed, whose checkpoints load strictly. B batch, T time, V vocabulary, D width."""
 
 import itertools
 import os
@@ -26,19 +25,15 @@ class MultiHeadAttention(nn.Module):
 
     def forward(self, x, cache=None):
         """cache: a dict that keeps keys and values from call to call; after the first, T is 1."""
-        B, T, D = x.shape
-        qkv = self.qkv(x).view(B, T, 3, self.n_heads, D // self.n_heads)
-        queries, keys, values = qkv.permute(2, 0, 3, 1, 4)  # each (B, n_heads, T, D / n_heads)
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4)
         if cache:
-            keys = torch.cat([cache["keys"], keys], dim=2)
-            values = torch.cat([cache["values"], values], dim=2)
+            k, v = (torch.cat(pair, 2) for pair in zip(cache.values(), (k, v), strict=True))
         if cache is not None:
-            cache.update(keys=keys, values=values)
-        # FlashAttention, where PyTorch has it: no T x T matrix is stored. One new token may look at
-        # every key, so only longer inputs need the causal mask.
+            cache.update(keys=k, values=v)
+        # FlashAttention, where PyTorch has it. One new token may look at all keys, without a mask.
         drop_rate = self.drop_rate if self.training else 0.0
-        x = F.scaled_dot_product_attention(queries, keys, values, None, drop_rate, is_causal=T > 1)
-        return self.proj(x.transpose(1, 2).reshape(B, T, D))
+        x = F.scaled_dot_product_attention(q, k, v, None, drop_rate, is_causal=q.shape[2] > 1)
+        return self.proj(x.transpose(1, 2).flatten(2))
 
 class TransformerBlock(nn.Module):
     """Pre-LayerNorm block (Radford et al. 2019, section 2.3). (B, T, D) -> (B, T, D)."""
@@ -47,18 +42,35 @@ class TransformerBlock(nn.Module):
         D, gelu = cfg["emb_dim"], nn.GELU(approximate="tanh")  # as in GPT-2
         layers = nn.Sequential(nn.Linear(D, 4 * D), gelu, nn.Linear(4 * D, D))
         self.norm1, self.att = nn.LayerNorm(D), MultiHeadAttention(cfg)
-        self.norm2, self.ff = nn.LayerNorm(D), nn.Sequential()
-        self.ff.layers = layers
+        self.norm2, self.ff = nn.LayerNorm(D), nn.ModuleDict({"layers": layers})
         self.drop_shortcut = nn.Dropout(cfg["drop_rate"])
 
     def forward(self, x, cache=None):
         x = x + self.drop_shortcut(self.att(self.norm1(x), cache))
-        return x + self.drop_shortcut(self.ff(self.norm2(x)))
+        return x + self.drop_shortcut(self.ff.layers(self.norm2(x)))
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """F.cross_entropy(logits, targets, reduction="sum") in so many chunks that only one of them is
+    in memory in fp32; its gradient, softmax - 1 at the target, takes the place of its logits."""
+    @staticmethod
+    def forward(ctx, logits, targets, chunks):
+        loss = 0.0
+        for part, ids in zip(logits.chunk(chunks), targets.chunk(chunks), strict=True):
+            log_probs = part.log_softmax(-1, dtype=torch.float32)
+            loss += F.nll_loss(log_probs, ids, reduction="sum")
+            grad = log_probs.exp_()
+            grad[torch.arange(len(ids), device=ids.device), ids.clamp(min=0)] -= 1
+            part.copy_(grad.mul_((ids >= 0)[:, None]))
+        ctx.save_for_backward(logits)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.saved_tensors[0].mul_(grad), None, None
 
 class GPTModel(nn.Module):
     """GPT-2 with an output head of its own, not tied to the embedding. gradient_checkpointing: keep
-    each block's input only, run the block again in the backward pass. loss_chunks: compute the loss
-    in so many parts, of which only one has its logits in memory."""
+    each block's input only, run it again in backward(). loss_chunks: see ChunkedCrossEntropy."""
     def __init__(self, cfg):
         super().__init__()
         self.cfg, self.gradient_checkpointing, self.loss_chunks = dict(cfg), False, 1
@@ -79,30 +91,20 @@ class GPTModel(nn.Module):
 
     def forward(self, input_ids, targets=None, cache=None):
         """(B, T) -> logits (B, T, V); with targets (B, T), -100 = ignored, -> their *summed* loss:
-        the caller divides by the number of targets in the whole global batch. cache: one dict per
-        block, empty at the start (see MultiHeadAttention); not for training."""
+        the caller divides by the number of targets in the global batch. cache, not for training:
+        one dict per block, empty at first (see MultiHeadAttention)."""
         past, T = cache[0]["keys"].shape[2] if cache and cache[0] else 0, input_ids.shape[1]
         x = self.drop_emb(self.tok_emb(input_ids) + self.pos_emb.weight[past : past + T])
         for i, block in enumerate(self.trf_blocks):
             again = self.gradient_checkpointing and self.training
             x = checkpoint(block, x, use_reentrant=False) if again else block(x, cache and cache[i])
-        x = self.final_norm(x)
+        logits = self.out_head(self.final_norm(x))
         if targets is None:
-            return self.out_head(x)
-        x, targets, weight = x.flatten(0, 1), targets.flatten(), self.out_head.weight
-        summed_loss = lambda x, ids: F.cross_entropy(self.out_head(x).float(), ids, reduction="sum")
-        parts = zip(x.chunk(self.loss_chunks), targets.chunk(self.loss_chunks), strict=True)
-        if self.loss_chunks == 1 or not torch.is_grad_enabled():
-            return sum(summed_loss(*part) for part in parts)
-        # Each part's gradients are taken now, and its logits go. x - x.detach() is 0 and hands on
-        # in backward() what it is multiplied with: these gradients come back behind a loss + 0.
-        loss, weight_grad = 0.0, torch.zeros_like(weight)
-        for part, ids in parts:
-            part_loss = summed_loss(part, ids)
-            part_grad, more = torch.autograd.grad(part_loss, (part, weight))
-            weight_grad += more
-            loss += part_loss.detach() + ((part - part.detach()) * part_grad).sum()
-        return loss + ((weight - weight.detach()) * weight_grad).sum()
+            return logits
+        logits, targets = logits.flatten(0, 1), targets.flatten()
+        if self.loss_chunks > 1:
+            return ChunkedCrossEntropy.apply(logits, targets, self.loss_chunks)
+        return F.cross_entropy(logits.float(), targets, reduction="sum")
 
 @torch.no_grad()
 def generate(model, input_ids, max_new_tokens, temperature=1.0, top_k=None, n_vocab=None, rng=None):
@@ -114,10 +116,9 @@ def generate(model, input_ids, max_new_tokens, temperature=1.0, top_k=None, n_vo
     temperature, top_k = (1.0, 1) if temperature == 0 else (temperature, top_k)
     cache = [{} for _ in model.trf_blocks]
     for i in range(max_new_tokens):
-        if input_ids.shape[1] <= context_length:
-            logits = model(input_ids if i == 0 else input_ids[:, -1:], cache=cache)
-        else:
-            logits = model(input_ids[:, -context_length:])
+        fits = input_ids.shape[1] <= context_length
+        last = input_ids[:, -1 if fits and i > 0 else -context_length :]
+        logits = model(last, cache=cache if fits else None)
         logits = logits[:, -1, :n_vocab].float() / temperature
         if top_k is not None:  # exactly so many, also where logits tie
             top, ids = logits.topk(min(top_k, logits.shape[-1]))
@@ -128,11 +129,10 @@ def generate(model, input_ids, max_new_tokens, temperature=1.0, top_k=None, n_vo
     return input_ids
 
 # --- The model as other programs know it ----------------------------------------------------------
-HF_NAMES = {
-    "tok_emb": "transformer.wte", "pos_emb": "transformer.wpe", "trf_blocks": "transformer.h",
-    "norm1": "ln_1", "att.qkv": "attn.c_attn", "att.proj": "attn.c_proj", "norm2": "ln_2",
-    "ff.layers.0": "mlp.c_fc", "ff.layers.2": "mlp.c_proj", "final_norm": "transformer.ln_f",
-    "out_head": "lm_head"}
+HF_NAMES = {"tok_emb": "transformer.wte", "pos_emb": "transformer.wpe", "norm1": "ln_1",
+            "trf_blocks": "transformer.h", "att.qkv": "attn.c_attn", "att.proj": "attn.c_proj",
+            "norm2": "ln_2", "ff.layers.0": "mlp.c_fc", "ff.layers.2": "mlp.c_proj",
+            "final_norm": "transformer.ln_f", "out_head": "lm_head"}
 
 CHAT_TEMPLATE = ("{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
                  "{% if add_generation_prompt %}assistant:{% endif %}")
