@@ -14,6 +14,7 @@ Sources     Li et al. 2020 (arXiv:2006.15704: DDP); Radford et al. 2019 (GPT-2);
             a Large Language Model (From Scratch)", ch05/10_llm-training-speed (set-up, names)
 """
 
+import faulthandler
 import glob
 import hashlib
 import itertools
@@ -180,7 +181,10 @@ def setup_distributed(device, backend, timeout_seconds):
         device = f"cuda:{local_rank % gpus}"  # under gloo, processes may share a GPU
         torch.cuda.set_device(device)
     if world_size > 1:
+        # Its own timeout is no limit: with a broken network, torch may wait 15 minutes more.
+        faulthandler.dump_traceback_later(timeout_seconds + 5, exit=True)
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+        faulthandler.cancel_dump_traceback_later()
     return rank, world_size, torch.device(device)
 # End of copied block: setup_distributed
 

@@ -16,6 +16,7 @@ Sources     Kim and Rush 2016 (arXiv:1606.07947: sequence-level distillation); H
             (arXiv:1503.02531: soft targets); Micikevicius et al. 2018 (arXiv:1710.03740: fp16)
 """
 
+import faulthandler
 import hashlib
 import itertools
 import json
@@ -165,7 +166,10 @@ def setup_distributed(device, backend, timeout_seconds):
         device = f"cuda:{local_rank % gpus}"  # under gloo, processes may share a GPU
         torch.cuda.set_device(device)
     if world_size > 1:
+        # Its own timeout is no limit: with a broken network, torch may wait 15 minutes more.
+        faulthandler.dump_traceback_later(timeout_seconds + 5, exit=True)
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+        faulthandler.cancel_dump_traceback_later()
     return rank, world_size, torch.device(device)
 # End of copied block: setup_distributed
 

@@ -16,6 +16,7 @@ If it hangs NCCL_DEBUG=INFO TORCH_DISTRIBUTED_DEBUG=DETAIL names the operation t
 Sources     huggingface.co/docs/accelerate: concept guides on accumulation and deferred execution
 """
 
+import faulthandler
 import hashlib
 import itertools
 import json
@@ -560,6 +561,8 @@ def build_accelerator(config):
     accumulation = config.gradient_accumulation_steps or int(
         os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", 1))
     timeout = timedelta(seconds=config.timeout_seconds)
+    if world_size > 1:  # that is no limit: with a broken network, torch may wait 15 minutes more
+        faulthandler.dump_traceback_later(config.timeout_seconds + 5, exit=True)
     # Without a GPU, cpu must be said: else processes of torchrun would not find one another. An
     # argument gradient_accumulation_steps would lose against the environment; the plugin wins.
     accelerator = Accelerator(
@@ -567,6 +570,7 @@ def build_accelerator(config):
         gradient_accumulation_plugin=utils.GradientAccumulationPlugin(accumulation),
         kwargs_handlers=[utils.DistributedDataParallelKwargs(gradient_as_bucket_view=True),
                          utils.InitProcessGroupKwargs(timeout=timeout)])
+    faulthandler.cancel_dump_traceback_later()
     if accelerator.num_processes != world_size:
         raise ValueError(f"{accelerator.num_processes} processes joined, WORLD_SIZE={world_size}")
     return accelerator

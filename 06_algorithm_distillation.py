@@ -17,6 +17,7 @@ Sources     Laskin et al. 2022 (arXiv:2210.14215: Algorithm Distillation, Dark R
             (the names of the options, the order of the goals)
 """
 
+import faulthandler
 import hashlib
 import itertools
 import json
@@ -194,7 +195,10 @@ def setup_distributed(device, backend, timeout_seconds):
         device = f"cuda:{local_rank % gpus}"  # under gloo, processes may share a GPU
         torch.cuda.set_device(device)
     if world_size > 1:
+        # Its own timeout is no limit: with a broken network, torch may wait 15 minutes more.
+        faulthandler.dump_traceback_later(timeout_seconds + 5, exit=True)
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+        faulthandler.cancel_dump_traceback_later()
     return rank, world_size, torch.device(device)
 # End of copied block: setup_distributed
 

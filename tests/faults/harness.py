@@ -132,13 +132,14 @@ def none_left(run, seconds=10):
     return True
 
 def workers(run, script):
-    """The processes that torchrun has started, by rank."""
+    """The processes that torchrun or the launcher has started, by rank."""
     found = []
     with suppress(psutil.Error):
         for process in run.process.children():
             with suppress(psutil.Error):
-                if SCRIPTS[script].split()[0] in process.cmdline():
-                    found.append((int(process.environ()["RANK"]), process))
+                rank = process.environ().get("RANK")
+                if rank and SCRIPTS[script].split()[0] in process.cmdline():
+                    found.append((int(rank), process))
     return [process for _, process in sorted(found, key=lambda pair: pair[0])]
 
 def outcome(folder):
