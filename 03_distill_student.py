@@ -168,7 +168,8 @@ def setup_distributed(device, backend, timeout_seconds):
     if world_size > 1:
         # Its own timeout is no limit: with a broken network, torch may wait 15 minutes more.
         faulthandler.dump_traceback_later(timeout_seconds + 5, exit=True)
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds),
+                                device_id=torch.device(device) if backend == "nccl" else None)
         faulthandler.cancel_dump_traceback_later()
     return rank, world_size, torch.device(device)
 # End of copied block: setup_distributed
@@ -213,7 +214,8 @@ def sum_over_ranks(device, *values):
     if dist.is_initialized():
         totals = torch.tensor(totals, dtype=torch.float64, device=device)
         dist.all_reduce(totals)
-    return list(map(float, totals))
+        totals = totals.tolist()
+    return totals
 # End of copied block: sum_over_ranks
 
 # Copied between scripts: atomic_file
@@ -757,6 +759,8 @@ def distill(config):
 
     network, no_sync = model, nullcontext
     if world_size > 1:
+        for weight in model.parameters():  # DDP takes these into its buckets, where they stay
+            weight.grad = torch.zeros_like(weight)
         network = DDP(model, [device] if on_gpu else None, gradient_as_bucket_view=True)
         no_sync = network.no_sync
     autocast = partial(torch.autocast, device.type, enabled=precision != "fp32", dtype=half)
@@ -794,9 +798,10 @@ def distill(config):
         for micro_step in range(config.gradient_accumulation_steps):
             first = (micro_step * world_size + rank) * config.batch_size
             chosen = batch[first : first + config.batch_size]
-            input_ids, targets = (ids.to(device) for ids in collate(
-                [None if i is None else train_rows[i] for i in chosen]))
-            keep = targets != -100
+            input_ids, targets = collate([None if i is None else train_rows[i] for i in chosen])
+            keep = (targets != -100).nonzero(as_tuple=True)  # on the CPU: no GPU is waited for
+            input_ids, targets, *keep = (x.to(device, non_blocking=on_gpu)
+                                         for x in (input_ids, targets[keep], *keep))
             seeds = np.random.SeedSequence([config.seed, step, micro_step, rank])
             torch.manual_seed(int(seeds.generate_state(1)[0]))  # of dropout
             # The forward pass goes through DDP's own module: model(...) would compute the same
@@ -804,11 +809,11 @@ def distill(config):
             synchronise = micro_step == config.gradient_accumulation_steps - 1
             with nullcontext() if synchronise else no_sync():
                 with autocast():
-                    logits = network(input_ids, use_cache=False).logits[keep]
+                    logits = network(input_ids, use_cache=False).logits[tuple(keep)]
                     with torch.no_grad():
                         teacher_logits = teacher and teacher(
-                            input_ids, use_cache=False).logits[keep]
-                loss = distillation_loss(logits, targets[keep], teacher_logits, config.kd_loss,
+                            input_ids, use_cache=False).logits[tuple(keep)]
+                loss = distillation_loss(logits, targets, teacher_logits, config.kd_loss,
                                          config.temperature, config.alpha)
                 scaler.scale(loss * (world_size / step_targets)).backward()
             step_loss += loss.detach()
@@ -824,7 +829,7 @@ def distill(config):
                              + ("; take --precision bf16 or fp32" if precision == "fp16" else ""))
         scaler.step(optimizer)
         scaler.update()
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=world_size == 1)
         loss_sum, loss_targets = loss_sum + step_loss, loss_targets + step_targets
         tokens_seen += step_tokens
         if step > start_step + 3:  # warm-up is not counted

@@ -494,6 +494,8 @@ def ignore_signals(worker):
 def load_classifier(config, names):
     """Returns (model, tokenizer, the longest input in tokens, notes to print). ValueError if they
     cannot be had."""
+    if config.deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # without it cuBLAS is not
     utils.set_seed(config.seed, deterministic=config.deterministic)
     try:
         # split_special_tokens: a text that spells out the end token is neither end nor padding.
@@ -568,6 +570,7 @@ def build_accelerator(config):
     accelerator = Accelerator(
         cpu=cpu, mixed_precision=precision.replace("fp32", "no"),
         gradient_accumulation_plugin=utils.GradientAccumulationPlugin(accumulation),
+        dataloader_config=utils.DataLoaderConfiguration(non_blocking=True),
         kwargs_handlers=[utils.DistributedDataParallelKwargs(gradient_as_bucket_view=True),
                          utils.InitProcessGroupKwargs(timeout=timeout)])
     faulthandler.cancel_dump_traceback_later()
@@ -838,10 +841,14 @@ def fine_tune(config):
             model.parameters(), config.max_grad_norm or math.inf).item()
         sums = torch.cat([sums, sums.new_tensor([len(stop_signals)])])
         loss_sum, tokens, stop = accelerator.reduce(sums, "sum").tolist()
-        if accelerator.mixed_precision != "fp16" and not math.isfinite(loss_sum + grad_norm):
+        # In fp16 step() leaves out a step whose gradient overflows, and lowers the factor; a loss
+        # that is not finite comes from the forward pass, where no factor helps.
+        fp16 = accelerator.mixed_precision == "fp16"
+        if not math.isfinite(loss_sum + (0 if fp16 else grad_norm)):
             raise ValueError(f"step {step}: loss {loss_sum / global_batch_size}, gradient norm "
-                             f"{grad_norm}; the last good checkpoint is of step {saved_step}")
-        optimizer.step()  # in fp16 this leaves out a step whose gradient is not finite
+                             f"{grad_norm}; the last good checkpoint is of step {saved_step}"
+                             + ("; take --precision bf16 or fp32" if fp16 else ""))
+        optimizer.step()
         optimizer.zero_grad()
         totals += loss_sum, global_batch_size
         if step > start_step + 3:  # warm-up is not counted

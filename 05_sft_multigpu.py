@@ -176,7 +176,8 @@ def setup_distributed(device, backend, timeout_seconds):
     if world_size > 1:
         # Its own timeout is no limit: with a broken network, torch may wait 15 minutes more.
         faulthandler.dump_traceback_later(timeout_seconds + 5, exit=True)
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds),
+                                device_id=torch.device(device) if backend == "nccl" else None)
         faulthandler.cancel_dump_traceback_later()
     return rank, world_size, torch.device(device)
 # End of copied block: setup_distributed
@@ -221,7 +222,8 @@ def sum_over_ranks(device, *values):
     if dist.is_initialized():
         totals = torch.tensor(totals, dtype=torch.float64, device=device)
         dist.all_reduce(totals)
-    return list(map(float, totals))
+        totals = totals.tolist()
+    return totals
 # End of copied block: sum_over_ranks
 
 # Copied between scripts: atomic_file
@@ -729,10 +731,12 @@ def learned_logits(network, rows, packing, device):
     keep = targets != -100  # indices are worked out on the CPU, so that no GPU is waited for
     columns = keep.any(0).nonzero()[:, 0]
     places = keep[:, columns].nonzero(as_tuple=True)
-    logits = network(input_ids=input_ids.to(device), use_cache=False,
-                     position_ids=position_ids.to(device) if packing else None,
-                     logits_to_keep=columns.to(device)).logits
-    return logits[tuple(x.to(device) for x in places)], targets[keep].to(device)
+    input_ids, position_ids, columns, targets, *places = (
+        x.to(device, non_blocking=device.type == "cuda")
+        for x in (input_ids, position_ids, columns, targets[keep], *places))
+    logits = network(input_ids=input_ids, use_cache=False, logits_to_keep=columns,
+                     position_ids=position_ids if packing else None).logits
+    return logits[tuple(places)], targets
 
 @torch.no_grad()
 def check_packing(model, chat, device):
@@ -951,6 +955,8 @@ def tune(config):
 
     network, no_sync = model, nullcontext
     if world_size > 1:
+        for weight in model.parameters():  # DDP takes these into its buckets, where they stay
+            weight.grad = torch.zeros_like(weight)
         network = DDP(model, [device] if on_gpu else None, gradient_as_bucket_view=True)
         no_sync = network.no_sync
     autocast = partial(torch.autocast, device.type, enabled=precision != "fp32", dtype=half)
@@ -1012,7 +1018,7 @@ def tune(config):
                              + ("; take --precision bf16 or fp32" if precision == "fp16" else ""))
         scaler.step(optimizer)
         scaler.update()
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=world_size == 1)
         loss_sum, loss_targets = loss_sum + step_loss, loss_targets + step_targets
         tokens_seen += step_tokens
         if step > start_step + 3:  # warm-up is not counted

@@ -197,7 +197,8 @@ def setup_distributed(device, backend, timeout_seconds):
     if world_size > 1:
         # Its own timeout is no limit: with a broken network, torch may wait 15 minutes more.
         faulthandler.dump_traceback_later(timeout_seconds + 5, exit=True)
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds),
+                                device_id=torch.device(device) if backend == "nccl" else None)
         faulthandler.cancel_dump_traceback_later()
     return rank, world_size, torch.device(device)
 # End of copied block: setup_distributed
@@ -227,7 +228,8 @@ def sum_over_ranks(device, *values):
     if dist.is_initialized():
         totals = torch.tensor(totals, dtype=torch.float64, device=device)
         dist.all_reduce(totals)
-    return list(map(float, totals))
+        totals = totals.tolist()
+    return totals
 # End of copied block: sum_over_ranks
 
 # Copied between scripts: atomic_file
@@ -438,7 +440,8 @@ def split_goals(config):
 def draw_actions(probabilities, chance):
     """Actions (...) from probabilities (..., 5) and uniform random numbers (...): these alone
     decide, so that results depend neither on the batch nor on the number of processes."""
-    return (chance[..., None] > probabilities.cumsum(-1)).sum(-1).clamp(max=N_ACTIONS - 1)
+    sums = torch.stack([*itertools.accumulate(probabilities.unbind(-1))], -1)  # the same every time
+    return (chance[..., None] > sums).sum(-1).clamp(max=N_ACTIONS - 1)
 
 def source_histories(goals, config):
     """Play --source on every goal in n_streams environments. Returns states and outcomes, uint8,
@@ -746,6 +749,8 @@ def distill_algorithm(config):
     # plain model, so that no rank waits for another before its share is played.
     network, no_sync = model, nullcontext
     if world_size > 1:
+        for weight in model.parameters():  # DDP takes these into its buckets, where they stay
+            weight.grad = torch.zeros_like(weight)
         network = DDP(model, [device] if on_gpu else None, gradient_as_bucket_view=True)
         no_sync = network.no_sync
     autocast = partial(torch.autocast, device.type, enabled=precision != "no",
@@ -782,12 +787,15 @@ def distill_algorithm(config):
         grad_norm = torch.nn.utils.clip_grad_norm_(
             model.parameters(), config.max_grad_norm or math.inf).item()
         step_loss, stop = sum_over_ranks(device, step_loss, len(stop_signals))
-        if precision != "fp16" and not math.isfinite(step_loss + grad_norm):
+        # In fp16 scaler.step() leaves out a step whose gradient overflows, and lowers the factor; a
+        # loss that is not finite comes from the forward pass, where no factor helps.
+        if not math.isfinite(step_loss + (0 if precision == "fp16" else grad_norm)):
             raise ValueError(f"step {step}: loss {step_loss / tokens_per_step}, gradient norm "
-                             f"{grad_norm}; the last good checkpoint is of step {saved_step}")
-        scaler.step(optimizer)  # in fp16 this leaves out a step whose gradient is not finite
+                             f"{grad_norm}; the last good checkpoint is of step {saved_step}"
+                             + ("; take --mixed_precision bf16" if precision == "fp16" else ""))
+        scaler.step(optimizer)
         scaler.update()
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=world_size == 1)
         loss_sum, loss_steps = loss_sum + step_loss, loss_steps + 1
         if step > start_step + 3:  # warm-up is not counted
             seconds, timed_steps = seconds + time.perf_counter() - started, timed_steps + 1
