@@ -134,9 +134,9 @@ def test_packed_chats_do_not_see_each_other(kit, name):
     chats = encoded(kit, tokenizer)
     rows = lesson.pack_chats(chats, 192)
     assert len(rows) < len(chats) / 2
-    alone = [lesson.learned_logits(model, [[chat]], False, "cpu")[0] for row in rows
-             for chat in row]
-    packed = torch.cat([lesson.learned_logits(model, rows[i : i + 3], True, "cpu")[0]
+    learned, cpu = lesson.learned_logits, torch.device("cpu")
+    alone = [learned(model, [[chat]], False, cpu)[0] for row in rows for chat in row]
+    packed = torch.cat([learned(model, rows[i : i + 3], True, cpu)[0]
                         for i in range(0, len(rows), 3)])
     torch.testing.assert_close(packed, torch.cat(alone), rtol=0, atol=1e-5)
 
@@ -242,7 +242,7 @@ def test_some_kinds_of_models_cannot_be_packed(kit):
         context = (pytest.raises(ValueError, match="--packing: with this kind of model")
                    if config.model_type == "opt" else nullcontext())
         with context:
-            lesson.check_packing(model, first, "cpu")
+            lesson.check_packing(model, first, torch.device("cpu"))
 
 FORMS = {
     "messages": {"messages": chat("a", "b")},
