@@ -18,7 +18,7 @@ import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
 from accelerate.state import AcceleratorState, GradientState
-from conftest import ROOT, read_metrics, run_main, run_script, started
+from conftest import ROOT, read_metrics, run_main, run_script, started, write_rows
 from matplotlib.image import imread
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -47,9 +47,6 @@ def make_rows(seed, n):
         names = label, label, rng.choice([*WORDS])
         words += [rng.choice(WORDS[name].split()) for name in names]
         yield {"text": " ".join(rng.sample(words, len(words))), "label": label}
-
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 def save_word_tokenizer(folder, left=False, max_length=64):
     words = ["[UNK]", "[PAD]", "[CLS]", "[SEP]", *" ".join([*WORDS.values(), FILLERS]).split()]
