@@ -4,10 +4,10 @@ You learn   what a chat template is, and how it tells the tokens that are learne
             are given; why a loss over several GPUs is divided by the tokens of the global batch;
             how short conversations share a row without seeing one another; when a model stops
 Run it      torchrun --nproc_per_node=4 05_sft_multigpu.py             # SmolLM2-135M, 1000 steps
-            torchrun --nproc_per_node=2 05_sft_multigpu.py --model FOLDER --dataset chats.jsonl
-Expect      done: val_loss 9.969 -> 4.287, val_token_accuracy 0.02561 -> 0.4569, ...
-            (a base model of 29 M from 02, 990 chats, 4 epochs in 2.7 min on 2 CPU cores, torch
-            2.13.0, 2026-11-21; commands in results/05_sft.md)
+            torchrun --nproc_per_node=2 05_sft_multigpu.py --dataset chats.jsonl --batch_size 8 \
+            --model gpt_output/final_model --num_epochs 4 --learning_rate 2e-3 --precision fp32
+Expect      done: val_loss 2.654 -> 1.524, val_token_accuracy 0.3628 -> 0.5645, ... in 1.5 min; ...
+            (02's tiny model, README's chats.jsonl; 2 CPU cores, Python 3.11, torch 2.13.0, 2026-11)
 Reads       --dataset: a set of the Hugging Face hub, or JSONL, JSON, Parquet with messages,
             conversations (ShareGPT), prompt and response, or instruction, input and output
 Writes      sft_output_multigpu/{metrics.jsonl, loss.png, loss.pdf, answers_before.jsonl,
@@ -861,8 +861,8 @@ def tune(config):
     if config.deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # without it cuBLAS is not
         torch.use_deterministic_algorithms(True)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
 
     # Chats, tokens and weights. The weights are fp32 also where the file holds bf16, as SmolLM2's
     # does: in half precision small updates would be rounded away. Autocast computes in bf16.
@@ -907,7 +907,7 @@ def tune(config):
     global_batch_size = config.batch_size * config.gradient_accumulation_steps * world_size
     epoch_steps = math.ceil(len(train_rows) / global_batch_size)
     total_steps = config.num_epochs * epoch_steps or 1000
-    total_steps = config.max_steps if config.max_steps >= 0 else total_steps
+    total_steps = total_steps if config.max_steps < 0 else config.max_steps
 
     if Path(config.model).resolve() == (output_dir / "final_model").resolve():
         raise ValueError(f"{config.model} lies in --output_dir={output_dir}, which is written anew:"
@@ -970,11 +970,10 @@ def tune(config):
             (output_dir / "answers_after.jsonl").unlink(missing_ok=True)
             write_answers(output_dir / "answers_before.jsonl", answers)
     stop_signals = catch_stop_signals()
-    bar = tqdm(total=total_steps, initial=start_step, unit="step",
-               disable=None if is_main else True)
     profile_step = start_profiler(config.profile and is_main, output_dir, device)
     began, saved_step, stop = time.perf_counter(), start_step, 0
     loss_sum, loss_targets, seconds, timed_tokens = 0.0, 0, 0.0, 0
+    bar = tqdm(total=total_steps, initial=start_step, disable=None if is_main else True)
 
     for step in range(start_step + 1, total_steps + 1):
         epoch, position = divmod(step - 1, epoch_steps)
@@ -986,8 +985,8 @@ def tune(config):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
         # Every rank knows the whole global batch, so also how many tokens it teaches. A mean over
-        # each micro-batch, averaged, would weigh the tokens of short answers more (in 03's test
-        # its gradient is off by 10%, ours by 1e-7).
+        # each micro-batch, averaged, would weigh the tokens of short answers more (in 03's test its
+        # gradient is off by 10%, this one by 1e-7).
         batch = batches[position]
         step_targets = sum(n_targets[i] for i in batch if i is not None)
         step_tokens = sum(lengths[i] for i in batch if i is not None)
@@ -1028,21 +1027,22 @@ def tune(config):
         bar.update()
         profile_step()
 
-        last, evaluate_now = step == total_steps, step % config.eval_every == 0
+        last = step == total_steps
+        evaluate_now = step % config.eval_every == 0 or last
         save_now = step % config.save_every == 0 or last or stop
-        if save_now or evaluate_now or step % config.log_every == 0:
+        if evaluate_now or save_now or step % config.log_every == 0:
             metrics = {"step": step, "epoch": step / epoch_steps, "tokens_seen": tokens_seen,
                        "train_loss": loss_sum / loss_targets, "learning_rate": learning_rate,
                        "grad_norm": grad_norm}
             if timed_tokens:
                 metrics["tokens_per_second"] = timed_tokens / seconds
             metrics |= gpu_metrics(device, world_size)
-            loss_sum, loss_targets, seconds, timed_tokens = 0.0, 0, 0.0, 0
             if last:
                 after, answers = judge_chats(model, tokenizer, val_rows, asked, config, *place)
                 metrics |= after
             elif evaluate_now:
                 metrics |= evaluate_chats(model, val_rows, config, *place)
+            loss_sum, loss_targets, seconds, timed_tokens = 0.0, 0, 0.0, 0
             if is_main:
                 if last:
                     first = json.loads((output_dir / "metrics.jsonl").open().readline())

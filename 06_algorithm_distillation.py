@@ -3,11 +3,11 @@
 You learn   how a causal transformer, trained on the learning histories of an algorithm, improves
             from episode to episode on goals it never saw, without any change of its weights; how
             every rank evaluates its share; why the loss does not show when this ability appears
-Run it      torchrun --nproc_per_node=2 06_algorithm_distillation.py --preset cpu    # no GPU needed
-            torchrun --nproc_per_node=4 06_algorithm_distillation.py                 # 4 GPUs
+Run it      torchrun --nproc_per_node=4 06_algorithm_distillation.py                 # 4 GPUs
+            python 06_algorithm_distillation.py --preset cpu                         # no GPU needed
 Expect      done: return 16.40 on 16 unseen goals, worst 13.57, in 3.9 min; ad_output has ...
-            (cpu, one process on 2 quiet CPU cores, torch 2.13.0, 2026-11-21; a random policy gets
-            0.23, the best possible 16.62)
+            (2 quiet CPU cores, torch 2.13.0, 2026-11-21; a random policy gets 0.23, the best
+            possible 16.62)
 Reads       nothing: the histories are made in seconds
 Writes      ad_output/{metrics.jsonl, runs/, checkpoint.pt, final_model/, results.json,
             in_context_return.png, paths.png, histories_*.pt}
@@ -97,7 +97,7 @@ class Config:
     # What may change; only train_batch_size x gradient_accumulation_steps x processes must stay.
     preset: Literal["auto", "cpu", "gpu"] = HfArg(default="auto", help="gpu with CUDA")
     config: str = HfArg(default="", help="YAML file of flags; the command line wins over it")
-    output_dir: str = HfArg(default="ad_output", help="folder for everything that is written")
+    output_dir: str = HfArg(default="ad_output", help="folder for all that is written")
     cache_dir: str = HfArg(default="", help="folder of the histories; default: output_dir")
     overwrite: bool = HfArg(default=False, help="replace the run that output_dir holds")
     resume: bool = HfArg(default=False, help="go on from output_dir's checkpoint")

@@ -1,10 +1,11 @@
-"""Start a lesson as a reader does: alone with common.py in a folder, by its command line."""
+"""Start a lesson as a reader does: copied alone into a folder, by its command line."""
 
 import gc
 import importlib
 import io
 import json
 import os
+import random
 import shutil
 import socket
 import sys
@@ -23,8 +24,11 @@ for name in [*os.environ]:
     if name.startswith(("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_", "ACCELERATE_")):
         del os.environ[name]
 os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+import torch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from torch.testing import assert_close  # noqa: E402
+
+import common  # noqa: E402
 
 LAUNCHERS = {
     "python": "python",
@@ -37,10 +41,30 @@ LAUNCHERS = {
               " --mixed_precision no --main_process_port {port}",
     "sh": "bash launch_multigpu.sh",  # its settings are environment variables
 }
+WITH_COMMON = ("02_opt_multi_gpu_ddp.py", "06_algorithm_distillation.py")  # others go alone
+WORDS = ["ash", "birch", "cedar", "elm", "fir", "hazel", "juniper", "larch", "maple", "oak"]
 
 def free_port():
     with socket.create_server(("127.0.0.1", 0)) as server:
         return server.getsockname()[1]
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+
+@pytest.fixture(scope="session")
+def kit(tmp_path_factory):
+    """A folder with a student, a teacher of twice its width, and 64 rows of different lengths."""
+    folder, draw = tmp_path_factory.mktemp("kit"), random.Random(0)
+    for name, width in (("student", 32), ("teacher", 64)):
+        torch.manual_seed(0)
+        model = common.GPTModel({"vocab_size": 257, "context_length": 96, "emb_dim": width,
+                                 "n_heads": 2, "n_layers": 2, "drop_rate": 0.0, "qkv_bias": False})
+        (folder / name).mkdir()
+        common.save_hugging_face(model, common.load_encoding("bytes"), folder / name)
+    write_rows(folder / "rows.jsonl", [
+        {"id": i, "prompt": f"Tree {i}?", "response": " ".join(draw.choices(WORDS, k=1 + i % 4)),
+         "label": i % 4} for i in range(64)])
+    return folder
 
 def read_metrics(folder):
     # Read at once: line by line, a line that is just being written can come in two parts.
@@ -90,7 +114,8 @@ def started(folder, name, *flags, launcher="python", nproc=1, **env):
     """A Run that ends with the block at the latest."""
     folder.mkdir(parents=True, exist_ok=True)
     launch = LAUNCHERS[launcher].format(nproc=nproc, port=env.get("MASTER_PORT") or free_port())
-    needed = {name, "common.py", *launch.split()} - set(os.listdir(folder))
+    needed = {name, *launch.split(), *["common.py"] * (name in WITH_COMMON)}
+    needed -= set(os.listdir(folder))
     for file in needed & set(os.listdir(ROOT)):
         shutil.copy(ROOT / file, folder)
     run = Run(folder, [*launch.split(), name, *map(str, flags)], os.environ | env)

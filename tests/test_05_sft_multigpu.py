@@ -16,7 +16,16 @@ import psutil
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_same, free_port, read_metrics, run_main, run_script, started
+from conftest import (
+    WORDS,
+    assert_same,
+    free_port,
+    read_metrics,
+    run_main,
+    run_script,
+    started,
+    write_rows,
+)
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -33,16 +42,12 @@ import common
 NAME = "05_sft_multigpu.py"
 lesson = importlib.import_module("05_sft_multigpu")
 PLAIN = lesson.CHATML.replace("{% generation %}", "").replace("{% endgeneration %}", "")
-WORDS = ["ash", "birch", "cedar", "elm", "fir", "hazel", "juniper", "larch", "maple", "oak"]
 
 def chat(*contents, system=None):
     """Messages, the user's first, by turns."""
     roles = ["user", "assistant"] * len(contents)
     return [{"role": "system", "content": system}] * bool(system) + [
         {"role": role, "content": x} for role, x in zip(roles, contents, strict=False)]
-
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
 
 @pytest.fixture(scope="session")
 def kit(tmp_path_factory):

@@ -1,4 +1,5 @@
-"""The bargain about repetition: what scripts share is copied, and the copies are equal."""
+"""The bargain about repetition: what scripts share is copied, the copies are equal, and so each
+script runs in a folder of its own."""
 
 import ast
 import difflib
@@ -7,6 +8,8 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
+from conftest import WITH_COMMON, run_script
+from test_01_generate_data import teacher
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(ROOT.glob("[0-9][0-9]_*.py"))
@@ -62,3 +65,24 @@ def test_definitions_that_scripts_share_lie_in_blocks():
                 holders[node.name].add(script.name)
     shared = {name: scripts for name, scripts in holders.items() if len(scripts) > 1}
     assert holders and not shared.keys() - {"main", "Config"}, f"unmarked copies: {shared}"
+
+
+SMALLEST = {
+    "01": "--num_examples 3",
+    "02": "--preset tiny --max_steps 0",
+    "03": "--dataset_path {kit}/rows.jsonl --student_model {kit}/student --max_steps 0",
+    "04": "--train_file {kit}/rows.jsonl --text_column prompt --model {kit}/student --max_steps 0",
+    "05": "--dataset {kit}/rows.jsonl --model {kit}/student --max_steps 0",
+    "06": "--preset cpu --max_steps 0 --n_streams 4 --n_episodes 4",
+}
+
+
+@pytest.mark.parametrize("name", [script.name for script in SCRIPTS])
+def test_a_script_that_was_copied_out_runs_alone(name, kit, tmp_path):
+    """02 and 06 with common.py; nothing else lies in the folder."""
+    with teacher() as server:
+        url = [server.url] if name[:2] == "01" else []
+        run = run_script(tmp_path, name, *url, *SMALLEST[name[:2]].format(kit=kit).split())
+    assert {path.name for path in tmp_path.glob("*.py")} == {
+        name, *["common.py"] * (name in WITH_COMMON)}
+    assert re.search("^done: ", run.stdout, re.MULTILINE)

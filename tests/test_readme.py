@@ -1,5 +1,6 @@
 """What README and the docstrings tell people to type exists: flags, files, links."""
 
+import ast
 import importlib.util
 import os
 import re
@@ -65,8 +66,8 @@ def test_the_numbers_are_those_of_the_results():
     fill = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(fill)
     text = fill.README.read_text(encoding="utf-8")
-    assert text.count("<!-- results/") >= 6
     assert fill.filled(text) == text, "python results/fill_readme.py"
+    assert {*re.findall(r"<!-- results/(\d\d)_", text)} == {f"{lesson:02}" for lesson in range(7)}
 
 
 def blocks(pattern):
@@ -74,14 +75,15 @@ def blocks(pattern):
     return [x for x in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) if pattern in x]
 
 
-def run_block(block, folder):
+def run_block(block, folder, timeout=600):
     """As a reader would: copied into a shell, in a folder with the scripts."""
     for script in [ROOT / "common.py", *ROOT.glob("[0-9][0-9]_*.py")]:
         shutil.copy(script, folder)
-    env = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    env = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+                        "PET_MASTER_PORT": str(free_port())}  # torchrun's --master_port
     block = "trap 'kill $(jobs -p) 2> /dev/null' EXIT\n" + block  # leaves no server behind
-    return subprocess.run(["bash", "-e", "-c", block], cwd=folder, env=env, text=True, timeout=600,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT).stdout
+    return subprocess.run(["bash", "-e", "-c", block], cwd=folder, env=env, text=True,
+                          timeout=timeout, stdout=subprocess.PIPE, stderr=subprocess.STDOUT).stdout
 
 
 def test_the_check_of_several_gpus_runs(tmp_path):
@@ -106,3 +108,37 @@ def test_the_chain_of_all_lessons_runs(tmp_path):
     assert len(re.findall("^done: ", output, re.MULTILINE)) == 7, output[-3000:]
     for folder in ("base", "small", "tuned", "student", "classifier", "ad"):
         assert (tmp_path / folder / "final_model").is_dir(), folder
+
+
+def run_it_and_expect(script):
+    """The last command under Run it, and the line under Expect up to the first word left out."""
+    doc = ast.get_docstring(ast.parse(script.read_text(encoding="utf-8")))
+    command, line = re.search(r"([^\n#]+)(?:#[^\n]*)?\nExpect +(done: .*)", doc).groups()
+    return command, re.split(r",? (?:\.\.\. )?in [\d.]+ min", line)[0]
+
+
+@pytest.fixture(scope="module")
+def course(tmp_path_factory):
+    """A folder with the data of README's chain and what 02 has trained, and what 02 has printed."""
+    folder = tmp_path_factory.mktemp("course")
+    (block,) = blocks("transformers serve")
+    data = block[: block.index("torchrun")]
+    command, _ = run_it_and_expect(ROOT / "02_opt_multi_gpu_ddp.py")
+    return folder, run_block(data + command, folder, timeout=3600)
+
+
+# Not 01: it needs a teacher; the chain above has one.
+@pytest.mark.slow
+@pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="the manual that is learned is of 3.11")
+@pytest.mark.parametrize("script", PAGES[-5:], ids=lambda path: path.name)
+def test_a_run_ends_as_the_docstring_says(script, course):
+    folder, output = course
+    command, expected = run_it_and_expect(script)
+    if script.name[:2] != "02":
+        output = run_block(command, folder, timeout=3600)
+    line = re.search("^done: .*", output, re.MULTILINE)
+    assert line, output[-3000:]
+    wanted, own = (re.split(r"(\d[\d.]*)", text) for text in (expected, line[0]))
+    n = len(wanted) - 1  # it ends with a number: words and numbers by turns
+    assert n > 1 and own[:n:2] == wanted[:n:2]
+    assert [*map(float, own[1:n:2])] == pytest.approx([*map(float, wanted[1:n:2])], rel=1e-2)
