@@ -14,6 +14,7 @@ Sources     Li et al. 2020 (arXiv:2006.15704: DDP); Radford et al. 2019 (GPT-2);
             a Large Language Model (From Scratch)", ch05/10_llm-training-speed (set-up, names)
 """
 
+import atexit
 import faulthandler
 import glob
 import hashlib
@@ -400,11 +401,9 @@ def learning_rate_at(step, total_steps, highest, warmup_steps, min_lr_ratio):
 # End of copied block: learning_rate_at
 
 # Copied between scripts: start_profiler
-def start_profiler(wanted, output_dir, device):
-    """Returns what to call after every step. If wanted, steps 5 to 7 from now go to trace.json (to
-    be opened in ui.perfetto.dev), and the operations that took longest to the terminal."""
-    if not wanted:
-        return lambda: None
+def start_profiler(output_dir, device):
+    """Returns what to call after every step. Steps 5 to 7 from now go to trace.json (to be opened
+    in ui.perfetto.dev), and the operations that took longest to the terminal."""
     def show(profiler):
         profiler.export_chrome_trace(str(output_dir / "trace.json"))
         order = "self_cpu_time_total" if device.type == "cpu" else "self_device_time_total"
@@ -412,6 +411,7 @@ def start_profiler(wanted, output_dir, device):
     profiler = torch.profiler.profile(
         schedule=torch.profiler.schedule(wait=3, warmup=1, active=3, repeat=1), on_trace_ready=show)
     profiler.start()
+    atexit.register(profiler.stop)  # a run that ends sooner: torch would crash at the exit
     return profiler.step
 # End of copied block: start_profiler
 
@@ -710,7 +710,7 @@ def train(config):
     if fresh and is_main:
         log.write({"step": 0, "epoch": 0.0, "tokens_seen": 0, "val_loss": val_loss})
     stop_signals = catch_stop_signals()
-    profile_step = start_profiler(config.profile and is_main, output_dir, device)
+    after_step = start_profiler(output_dir, device) if config.profile and is_main else lambda: None
     began, saved_step, stop = time.perf_counter(), start_step, 0
     loss_sum, loss_steps, seconds, timed_steps = 0.0, 0, 0.0, 0
 
@@ -755,7 +755,7 @@ def train(config):
         loss_sum, loss_steps = loss_sum + step_loss, loss_steps + 1
         if step > start_step + 3:  # compilation and warm-up are not counted
             seconds, timed_steps = seconds + time.perf_counter() - started, timed_steps + 1
-        profile_step()
+        after_step()
 
         last = step == total_steps
         evaluate_now = step % config.eval_every == 0 or last

@@ -16,6 +16,7 @@ Sources     Kim and Rush 2016 (arXiv:1606.07947: sequence-level distillation); H
             (arXiv:1503.02531: soft targets); Micikevicius et al. 2018 (arXiv:1710.03740: fp16)
 """
 
+import atexit
 import faulthandler
 import hashlib
 import itertools
@@ -384,11 +385,9 @@ def learning_rate_at(step, total_steps, highest, warmup_steps, min_lr_ratio):
 # End of copied block: learning_rate_at
 
 # Copied between scripts: start_profiler
-def start_profiler(wanted, output_dir, device):
-    """Returns what to call after every step. If wanted, steps 5 to 7 from now go to trace.json (to
-    be opened in ui.perfetto.dev), and the operations that took longest to the terminal."""
-    if not wanted:
-        return lambda: None
+def start_profiler(output_dir, device):
+    """Returns what to call after every step. Steps 5 to 7 from now go to trace.json (to be opened
+    in ui.perfetto.dev), and the operations that took longest to the terminal."""
     def show(profiler):
         profiler.export_chrome_trace(str(output_dir / "trace.json"))
         order = "self_cpu_time_total" if device.type == "cpu" else "self_device_time_total"
@@ -396,6 +395,7 @@ def start_profiler(wanted, output_dir, device):
     profiler = torch.profiler.profile(
         schedule=torch.profiler.schedule(wait=3, warmup=1, active=3, repeat=1), on_trace_ready=show)
     profiler.start()
+    atexit.register(profiler.stop)  # a run that ends sooner: torch would crash at the exit
     return profiler.step
 # End of copied block: start_profiler
 
@@ -774,7 +774,7 @@ def distill(config):
             (output_dir / "answers_after.jsonl").unlink(missing_ok=True)
             write_answers(output_dir / "answers_before.jsonl", answers)
     stop_signals = catch_stop_signals()
-    profile_step = start_profiler(config.profile and is_main, output_dir, device)
+    after_step = start_profiler(output_dir, device) if config.profile and is_main else lambda: None
     began, saved_step, stop = time.perf_counter(), start_step, 0
     loss_sum, loss_targets, seconds, timed_tokens = 0.0, 0, 0.0, 0
 
@@ -837,7 +837,7 @@ def distill(config):
             timed_tokens += step_tokens
         bar.set_postfix(loss=f"{step_loss / step_targets:.4f}", refresh=False)
         bar.update()
-        profile_step()
+        after_step()
 
         last, epoch_ends = step == total_steps, position == epoch_steps - 1
         if pause := epoch_ends or last or stop:

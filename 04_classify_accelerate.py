@@ -16,6 +16,7 @@ If it hangs NCCL_DEBUG=INFO TORCH_DISTRIBUTED_DEBUG=DETAIL names the operation t
 Sources     huggingface.co/docs/accelerate: concept guides on accumulation and deferred execution
 """
 
+import atexit
 import faulthandler
 import hashlib
 import itertools
@@ -281,11 +282,9 @@ class MetricsLog:
 # End of copied block: MetricsLog
 
 # Copied between scripts: start_profiler
-def start_profiler(wanted, output_dir, device):
-    """Returns what to call after every step. If wanted, steps 5 to 7 from now go to trace.json (to
-    be opened in ui.perfetto.dev), and the operations that took longest to the terminal."""
-    if not wanted:
-        return lambda: None
+def start_profiler(output_dir, device):
+    """Returns what to call after every step. Steps 5 to 7 from now go to trace.json (to be opened
+    in ui.perfetto.dev), and the operations that took longest to the terminal."""
     def show(profiler):
         profiler.export_chrome_trace(str(output_dir / "trace.json"))
         order = "self_cpu_time_total" if device.type == "cpu" else "self_device_time_total"
@@ -293,6 +292,7 @@ def start_profiler(wanted, output_dir, device):
     profiler = torch.profiler.profile(
         schedule=torch.profiler.schedule(wait=3, warmup=1, active=3, repeat=1), on_trace_ready=show)
     profiler.start()
+    atexit.register(profiler.stop)  # a run that ends sooner: torch would crash at the exit
     return profiler.step
 # End of copied block: start_profiler
 
@@ -813,7 +813,7 @@ def fine_tune(config):
         if is_main:
             log.write(metrics)
     stop_signals = catch_stop_signals()
-    profile_step = start_profiler(config.profile and is_main, output_dir, device)
+    after_step = start_profiler(output_dir, device) if config.profile and is_main else lambda: None
     began, saved_step, stop = time.perf_counter(), start_step, 0
     totals, speed = np.zeros(2), np.zeros(3)  # loss, rows; rows, tokens, seconds
     bar = tqdm(total=total_steps, initial=start_step, disable=None if is_main else True)
@@ -854,7 +854,7 @@ def fine_tune(config):
         if step > start_step + 3:  # warm-up is not counted
             speed += global_batch_size, tokens, time.perf_counter() - started
         bar.update()
-        profile_step()
+        after_step()
 
         last = step == total_steps
         evaluate_now = step % config.eval_every == 0 or last
@@ -918,12 +918,15 @@ def fine_tune(config):
 
 @record
 def main():
+    sys.stdout.reconfigure(errors="replace")  # a label must not end a run on a narrow terminal
     try:
         config = parse_config(Config, {})
         sys.exit(fine_tune(config))
     except torch.OutOfMemoryError:
-        message = (f"out of GPU memory; half the --batch_size {config.batch_size} with twice the "
-                   "--gradient_accumulation_steps gives the same, so does --gradient_checkpointing")
+        free, total = (size / 2**30 for size in torch.cuda.mem_get_info())
+        message = (f"out of GPU memory, {total - free:.1f} of {total:.1f} GiB are taken; half the "
+                   f"--batch_size {config.batch_size} with twice the --gradient_accumulation_steps "
+                   "gives the same, so does --gradient_checkpointing")
     except (ValueError, OSError, RuntimeError, KeyboardInterrupt) as problem:
         message = explain(problem)
     sys.stderr.write(f"error: {message}\n")  # in one piece: other ranks write here too

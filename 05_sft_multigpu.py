@@ -17,6 +17,7 @@ Sources     Ouyang et al. 2022 (arXiv:2203.02155, section 3: supervised fine-tun
             al. 2025 (arXiv:2502.02737: SmolLM2); Krell et al. 2021 (arXiv:2107.02027: packing)
 """
 
+import atexit
 import bisect
 import faulthandler
 import hashlib
@@ -392,11 +393,9 @@ def learning_rate_at(step, total_steps, highest, warmup_steps, min_lr_ratio):
 # End of copied block: learning_rate_at
 
 # Copied between scripts: start_profiler
-def start_profiler(wanted, output_dir, device):
-    """Returns what to call after every step. If wanted, steps 5 to 7 from now go to trace.json (to
-    be opened in ui.perfetto.dev), and the operations that took longest to the terminal."""
-    if not wanted:
-        return lambda: None
+def start_profiler(output_dir, device):
+    """Returns what to call after every step. Steps 5 to 7 from now go to trace.json (to be opened
+    in ui.perfetto.dev), and the operations that took longest to the terminal."""
     def show(profiler):
         profiler.export_chrome_trace(str(output_dir / "trace.json"))
         order = "self_cpu_time_total" if device.type == "cpu" else "self_device_time_total"
@@ -404,6 +403,7 @@ def start_profiler(wanted, output_dir, device):
     profiler = torch.profiler.profile(
         schedule=torch.profiler.schedule(wait=3, warmup=1, active=3, repeat=1), on_trace_ready=show)
     profiler.start()
+    atexit.register(profiler.stop)  # a run that ends sooner: torch would crash at the exit
     return profiler.step
 # End of copied block: start_profiler
 
@@ -970,7 +970,7 @@ def tune(config):
             (output_dir / "answers_after.jsonl").unlink(missing_ok=True)
             write_answers(output_dir / "answers_before.jsonl", answers)
     stop_signals = catch_stop_signals()
-    profile_step = start_profiler(config.profile and is_main, output_dir, device)
+    after_step = start_profiler(output_dir, device) if config.profile and is_main else lambda: None
     began, saved_step, stop = time.perf_counter(), start_step, 0
     loss_sum, loss_targets, seconds, timed_tokens = 0.0, 0, 0.0, 0
     bar = tqdm(total=total_steps, initial=start_step, disable=None if is_main else True)
@@ -1025,7 +1025,7 @@ def tune(config):
             timed_tokens += step_tokens
         bar.set_postfix(loss=f"{step_loss / step_targets:.4f}", refresh=False)
         bar.update()
-        profile_step()
+        after_step()
 
         last = step == total_steps
         evaluate_now = step % config.eval_every == 0 or last

@@ -17,6 +17,7 @@ Sources     Laskin et al. 2022 (arXiv:2210.14215: Algorithm Distillation, Dark R
             (the names of the options, the order of the goals)
 """
 
+import atexit
 import faulthandler
 import hashlib
 import itertools
@@ -398,11 +399,9 @@ def learning_rate_at(step, total_steps, highest, warmup_steps, min_lr_ratio):
 # End of copied block: learning_rate_at
 
 # Copied between scripts: start_profiler
-def start_profiler(wanted, output_dir, device):
-    """Returns what to call after every step. If wanted, steps 5 to 7 from now go to trace.json (to
-    be opened in ui.perfetto.dev), and the operations that took longest to the terminal."""
-    if not wanted:
-        return lambda: None
+def start_profiler(output_dir, device):
+    """Returns what to call after every step. Steps 5 to 7 from now go to trace.json (to be opened
+    in ui.perfetto.dev), and the operations that took longest to the terminal."""
     def show(profiler):
         profiler.export_chrome_trace(str(output_dir / "trace.json"))
         order = "self_cpu_time_total" if device.type == "cpu" else "self_device_time_total"
@@ -410,6 +409,7 @@ def start_profiler(wanted, output_dir, device):
     profiler = torch.profiler.profile(
         schedule=torch.profiler.schedule(wait=3, warmup=1, active=3, repeat=1), on_trace_ready=show)
     profiler.start()
+    atexit.register(profiler.stop)  # a run that ends sooner: torch would crash at the exit
     return profiler.step
 # End of copied block: start_profiler
 
@@ -758,7 +758,7 @@ def distill_algorithm(config):
     roll_outs = partial(roll_out, model, config=config, rank=rank, world_size=world_size,
                         device=device)
     stop_signals = catch_stop_signals()
-    profile_step = start_profiler(config.profile and is_main, output_dir, device)
+    after_step = start_profiler(output_dir, device) if config.profile and is_main else lambda: None
     began, saved_step, stop = time.perf_counter(), start_step, 0
     loss_sum, loss_steps, seconds, timed_steps = 0.0, 0, 0.0, 0
 
@@ -799,7 +799,7 @@ def distill_algorithm(config):
         loss_sum, loss_steps = loss_sum + step_loss, loss_steps + 1
         if step > start_step + 3:  # warm-up is not counted
             seconds, timed_steps = seconds + time.perf_counter() - started, timed_steps + 1
-        profile_step()
+        after_step()
 
         last = step == config.max_steps
         evaluate_now = step % config.eval_every == 0 or last
@@ -858,8 +858,10 @@ def main():
     try:
         sys.exit(distill_algorithm(parse_config(Config, PRESETS)))
     except torch.OutOfMemoryError:
-        message = ("out of GPU memory; half the --train_batch_size with twice the "
-                   "--gradient_accumulation_steps keeps the global batch")
+        free, total = (size / 2**30 for size in torch.cuda.mem_get_info())
+        message = (f"out of GPU memory, {total - free:.1f} of {total:.1f} GiB are taken; half the "
+                   "--train_batch_size with twice the --gradient_accumulation_steps keeps the "
+                   "global batch")
     except (ValueError, OSError, RuntimeError, KeyboardInterrupt) as problem:
         message = explain(problem)
     sys.stderr.write(f"error: {message}\n")  # in one piece: other ranks write here too

@@ -102,8 +102,8 @@ def run_side(args):
     flags = lesson_flags(args) | {
         "batch_size": args.batch_size, "max_steps": args.steps, "learning_rate": args.learning_rate,
         "warmup_steps": 0, "weight_decay": 0, "precision": args.precision, "seed": args.seed,
-        "output_dir": f"{args.folder}/out", "save_every": 10**9}
-    lesson.start_profiler = lambda *_: meter.step  # is called after every step
+        "output_dir": f"{args.folder}/out", "save_every": 10**9, "profile": True}
+    lesson.start_profiler = lambda *_: meter.step  # in the place of --profile, after every step
     if args.lesson == "05":
         lesson.collate_chats = meter.counting(lesson.collate_chats, lambda rows: sum(
             (labels[1:] != -100).sum().item() for row in rows for _, labels in row or []))

@@ -342,8 +342,9 @@ def test_no_steps_evaluate_and_export(kit, tmp_path):
     assert record["val_loss"] == record["before_val_loss"]
     assert (tmp_path / "sft_output_multigpu/final_model/model.safetensors").exists()
 
-def test_a_profile_and_deterministic_kernels(kit, tmp_path):
-    run = run_script(tmp_path, NAME, *flags(kit, max_steps=7, max_answers=1), "--profile",
+@pytest.mark.parametrize("steps", [5, 7])  # a run that ends within the profile, or after it
+def test_a_profile_and_deterministic_kernels(steps, kit, tmp_path):
+    run = run_script(tmp_path, NAME, *flags(kit, max_steps=steps, max_answers=1), "--profile",
                      "--deterministic")
     assert "Self CPU time total" in run.stdout
     trace = json.loads((tmp_path / "sft_output_multigpu/trace.json").read_text())
