@@ -534,8 +534,8 @@ def plan_memory(config, world_size, device):
             "activations": block + L * 4 * tokens * D if recompute == "on" else L * block,
             "logits": tokens * max(V * logit, 8 * D * half),  # or what GELU needs, later
         }
-        # Gradients stay where they accumulate or DDP averages them. Else they replace the above; and
-        # so do DDP's new buckets, once, when the second step begins.
+        # Gradients stay where they accumulate or DDP averages them. Else they replace the above, as
+        # do DDP's new buckets, once, when the second step begins.
         stay = world_size > 1 or config.gradient_accumulation_steps > 1
         parts |= {"gradients": 4 * n * stay + max(0, 4 * n - sum(parts.values())),
                   "weights": 4 * n, "optimizer": state / (world_size if shard == "on" else 1)}

@@ -1,6 +1,7 @@
 """Lesson 02 by its command line. A run of one process that no signal is to hit stays in this one,
 which saves the 5 seconds that a start takes."""
 
+import importlib
 import itertools
 import math
 import random
@@ -372,6 +373,11 @@ def test_the_estimate_of_memory_is_within_10_percent_of_what_is_allocated(flags,
     peak = max(itertools.accumulate(changes)) / 2**30
     estimate = re.search(r"about ([\d.]+) GiB", capfd.readouterr().out)[1]
     assert float(estimate) == pytest.approx(peak, rel=0.1)
+
+def test_the_gpu_of_a_mac_is_found(monkeypatch):
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
+    place = importlib.import_module(NAME.removesuffix(".py")).setup_distributed("auto", "auto", 10)
+    assert place == (0, 1, torch.device("mps"))
 
 def test_too_little_memory_is_noticed_before_anything_is_allocated(tmp_path, monkeypatch):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2**20))
