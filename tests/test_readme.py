@@ -67,7 +67,7 @@ def test_the_numbers_are_those_of_the_results():
     spec.loader.exec_module(fill)
     text = fill.README.read_text(encoding="utf-8")
     assert fill.filled(text) == text, "python results/fill_readme.py"
-    assert {*re.findall(r"<!-- results/(\d\d)_", text)} == {f"{lesson:02}" for lesson in range(7)}
+    assert {f"{lesson:02}" for lesson in range(7)} <= {*re.findall(r"<!-- results/(\d\d)_", text)}
 
 
 def blocks(pattern):
