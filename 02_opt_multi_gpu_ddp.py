@@ -501,10 +501,10 @@ def epoch_order(seed, epoch, size):
     """The numbers below size in random order, the same on every rank."""
     return np.random.default_rng([seed, epoch]).permutation(size)
 
-def global_batch(seed, step, batch, size):
+def global_batch(seed, step, batch_size, size):
     """Numbers of the windows of step 1, 2, ...: the next batch from an endless row of epochs, each
     in an order of its own. No window is left out, none comes twice in an epoch."""
-    samples = range((step - 1) * batch, step * batch)
+    samples = range((step - 1) * batch_size, step * batch_size)
     return [epoch_order(seed, i // size, size)[i % size] for i in samples]
 
 # --- Step 3. What fits into memory --------------------------------------------------------------
@@ -534,8 +534,8 @@ def plan_memory(config, world_size, device):
             "activations": block + L * 4 * tokens * D if recompute == "on" else L * block,
             "logits": tokens * max(V * logit, 8 * D * half),  # or what GELU needs, later
         }
-        # Gradients stay where they accumulate or DDP averages them. Else they replace the above, as
-        # do DDP's new buckets, once, when the second step begins.
+        # Gradients stay where they accumulate or DDP averages them. Else they take the room that
+        # the above leaves, as does DDP's second set of buckets in the second step.
         stay = world_size > 1 or config.gradient_accumulation_steps > 1
         parts |= {"gradients": 4 * n * stay + max(0, 4 * n - sum(parts.values())),
                   "weights": 4 * n, "optimizer": state / (world_size if shard == "on" else 1)}
@@ -587,7 +587,7 @@ def build_model(config, weights, device):
     return model, kind(groups, lr=config.learning_rate, weight_decay=config.weight_decay)
 
 def gather_optimizer(optimizer, rank, world_size):
-    """Bring each rank's part of the optimizer to rank 0, where its state_dict() expects it. Its own
+    """Send each rank's part of the optimizer to all; rank 0 keeps them for state_dict(). Its own
     consolidate_state_dict() takes 72 ns per byte, 10 minutes for 1.4B on 4 GPUs (pytorch#79452)."""
     optimizer._all_state_dicts = []
     for source in range(world_size):
@@ -679,7 +679,7 @@ def train(config):
     identity |= {"text": token_file.name, "global batch": global_batch_size}
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
     restored = restore(output_dir, resume, identity, device, **parts)
-    if config.shard_optimizer == "on":  # it holds the state twice, and AdamW's steps on the CPU
+    if config.shard_optimizer == "on":  # ZeRO now holds it twice, AdamW's steps on the CPU
         optimizer.state.clear()
         for state in optimizer.optim.state.values():
             state["step"] = state["step"].to(device)  # pytorch#124133
@@ -691,12 +691,12 @@ def train(config):
         log = MetricsLog(output_dir, -1 if fresh else start_step)
 
     # DDP hooks into backward(): as soon as a bucket of gradients is ready, its average over the
-    # ranks is on its way while earlier layers are still being differentiated. torch.compile goes
-    # around DDP: it cuts its graph at the borders of the buckets, so that this overlap remains.
+    # ranks is on its way while earlier layers are still being differentiated. torch.compile wraps
+    # DDP: it cuts its graph at the borders of the buckets, so that this overlap remains.
     # Evaluation and samples use the plain model.
     network, no_sync = model, nullcontext
     if world_size > 1:
-        for weight in model.parameters():  # DDP takes these into its buckets, where they stay
+        for weight in model.parameters():  # DDP moves these into its buckets: one copy
             weight.grad = torch.zeros_like(weight)
         network = DDP(model, [device] if on_gpu else None, gradient_as_bucket_view=True)
         no_sync = network.no_sync
@@ -737,14 +737,14 @@ def train(config):
                 with autocast():
                     loss = network(input_ids, targets)
                 # loss is a sum over this slice; the mean over the global batch is the sum over
-                # ranks and micro-batches divided by tokens_per_step. DDP will divide by world_size.
+                # ranks and micro-batches over tokens_per_step; world_size undoes DDP's division.
                 scaler.scale(loss * (world_size / tokens_per_step)).backward()
             step_loss += loss.detach()
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(
             model.parameters(), config.max_grad_norm or math.inf).item()
         step_loss, stop = sum_over_ranks(device, step_loss, len(stop_signals))
-        # In fp16 scaler.step() leaves out a step whose gradient overflows, and lowers the factor; a
+        # In fp16 the scaler leaves out a step whose gradient overflows, and lowers its factor; a
         # loss that is not finite comes from the forward pass, where no factor helps.
         if not math.isfinite(step_loss + (0 if precision == "fp16" else grad_norm)):
             raise ValueError(f"step {step}: loss {step_loss / tokens_per_step}, gradient norm "

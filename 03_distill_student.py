@@ -759,7 +759,7 @@ def distill(config):
 
     network, no_sync = model, nullcontext
     if world_size > 1:
-        for weight in model.parameters():  # DDP takes these into its buckets, where they stay
+        for weight in model.parameters():  # DDP moves these into its buckets: one copy
             weight.grad = torch.zeros_like(weight)
         network = DDP(model, [device] if on_gpu else None, gradient_as_bucket_view=True)
         no_sync = network.no_sync
@@ -821,7 +821,7 @@ def distill(config):
         grad_norm = torch.nn.utils.clip_grad_norm_(
             model.parameters(), config.max_grad_norm or math.inf).item()
         step_loss, stop = sum_over_ranks(device, step_loss, len(stop_signals))
-        # In fp16 scaler.step() leaves out a step whose gradient overflows, and lowers the factor; a
+        # In fp16 the scaler leaves out a step whose gradient overflows, and lowers its factor; a
         # loss that is not finite comes from the forward pass, where no factor helps.
         if not math.isfinite(step_loss + (0 if precision == "fp16" else grad_norm)):
             raise ValueError(f"step {step}: loss {step_loss / step_targets}, gradient norm "

@@ -841,8 +841,8 @@ def fine_tune(config):
             model.parameters(), config.max_grad_norm or math.inf).item()
         sums = torch.cat([sums, sums.new_tensor([len(stop_signals)])])
         loss_sum, tokens, stop = accelerator.reduce(sums, "sum").tolist()
-        # In fp16 step() leaves out a step whose gradient overflows, and lowers the factor; a loss
-        # that is not finite comes from the forward pass, where no factor helps.
+        # In fp16 the scaler leaves out a step whose gradient overflows, and lowers its factor; a
+        # loss that is not finite comes from the forward pass, where no factor helps.
         fp16 = accelerator.mixed_precision == "fp16"
         if not math.isfinite(loss_sum + (0 if fp16 else grad_norm)):
             raise ValueError(f"step {step}: loss {loss_sum / global_batch_size}, gradient norm "

@@ -749,7 +749,7 @@ def distill_algorithm(config):
     # plain model, so that no rank waits for another before its share is played.
     network, no_sync = model, nullcontext
     if world_size > 1:
-        for weight in model.parameters():  # DDP takes these into its buckets, where they stay
+        for weight in model.parameters():  # DDP moves these into its buckets: one copy
             weight.grad = torch.zeros_like(weight)
         network = DDP(model, [device] if on_gpu else None, gradient_as_bucket_view=True)
         no_sync = network.no_sync
@@ -780,14 +780,14 @@ def distill_algorithm(config):
                 with autocast():
                     loss = network(*batch)
                 # loss is a sum over this slice; the mean over the global batch is the sum over
-                # ranks and micro-batches divided by tokens_per_step. DDP will divide by world_size.
+                # ranks and micro-batches over tokens_per_step; world_size undoes DDP's division.
                 scaler.scale(loss * (world_size / tokens_per_step)).backward()
             step_loss += loss.detach()
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(
             model.parameters(), config.max_grad_norm or math.inf).item()
         step_loss, stop = sum_over_ranks(device, step_loss, len(stop_signals))
-        # In fp16 scaler.step() leaves out a step whose gradient overflows, and lowers the factor; a
+        # In fp16 the scaler leaves out a step whose gradient overflows, and lowers its factor; a
         # loss that is not finite comes from the forward pass, where no factor helps.
         if not math.isfinite(step_loss + (0 if precision == "fp16" else grad_norm)):
             raise ValueError(f"step {step}: loss {step_loss / tokens_per_step}, gradient norm "
