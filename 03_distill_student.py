@@ -371,6 +371,7 @@ class MetricsLog:
             if not isinstance(x, list):
                 self.board.add_scalar(key, x, metrics["step"])
                 shown[key] = f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.4g}"
+        self.board.flush()
         print(" | ".join(f"{key} {x}" for key, x in shown.items()), flush=True)
 # End of copied block: MetricsLog
 
@@ -939,7 +940,7 @@ def main():
     except (ValueError, OSError, RuntimeError, KeyboardInterrupt) as problem:
         message = explain(problem)
     sys.stderr.write(f"error: {message}\n")  # in one piece: other ranks write here too
-    sys.exit(1)
+    (os._exit if dist.is_initialized() else sys.exit)(1)  # gloo's threads can abort a plain exit
 
 if __name__ == "__main__":
     main()
