@@ -359,6 +359,7 @@ def test_a_checkpoint_of_another_configuration_is_refused(flags, words, runs, tm
 
 @pytest.mark.parametrize("flags", [
     [], ["--precision=bf16", "--gradient_accumulation_steps=2"], ["--gradient_checkpointing=on"],
+    ["--drop_rate=0.1"], ["--drop_rate=0.1", "--precision=bf16", "--batch_size=4"],
     ["--vocab_size=20000"], *(["--vocab_size=20000", "--loss_chunks=4", f"--precision={precision}"]
                               for precision in ("fp32", "bf16"))])
 def test_the_estimate_of_memory_is_within_10_percent_of_what_is_allocated(flags, tmp_path, capfd):
