@@ -117,7 +117,8 @@ class Config:
 # Copied between scripts: parse_config
 def parse_config(config_class, presets):
     """Defaults, then --preset, then --config file.yaml, then the command line: the last wins."""
-    parser = HfArgumentParser(config_class, allow_abbrev=False, usage="%(prog)s [--flag value] ...")
+    parser = HfArgumentParser(config_class, allow_abbrev=False, usage="%(prog)s [--flag value] ...",
+                              description=(__doc__ or "").partition("\n")[0])
     def error(message):
         raise ValueError(f"{message}; --help lists the flags")
     parser.error = error
