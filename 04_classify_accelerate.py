@@ -762,6 +762,7 @@ def fine_tune(config):
     if other := dict(progress.get("identity", identity).items() - identity.items()):
         raise ValueError(f"{folder} is of a run with {other}: take these, or --overwrite")
     start_step, best = progress.get("step", 0), progress.get("best", {})
+    tokens_seen = progress.get("tokens_seen", 0)
     # prepare() wraps the model in DDP, whose backward() averages gradients over the processes, and
     # a loader so that each process gets every world_size-th batch, on its device.
     model, optimizer = accelerator.prepare(model, build_optimizer(config, model))
@@ -811,7 +812,7 @@ def fine_tune(config):
         return {f"val_{key}": scores[key] for key in SCORES}
 
     if not folder:
-        metrics = {"step": 0, "epoch": 0.0} | validate(0)
+        metrics = {"step": 0, "epoch": 0.0, "tokens_seen": 0} | validate(0)
         if is_main:
             log.write(metrics)
     stop_signals = catch_stop_signals()
@@ -853,6 +854,7 @@ def fine_tune(config):
         optimizer.step()
         optimizer.zero_grad()
         totals += loss_sum, global_batch_size
+        tokens_seen += int(tokens)
         if step > start_step + 3:  # warm-up is not counted
             speed += global_batch_size, tokens, time.perf_counter() - started
         bar.update()
@@ -862,7 +864,7 @@ def fine_tune(config):
         evaluate_now = step % config.eval_every == 0 or last
         save_now = step % config.save_every == 0 or last or stop
         if evaluate_now or save_now or step % config.log_every == 0:
-            metrics = {"step": step, "epoch": step / epoch_steps,
+            metrics = {"step": step, "epoch": step / epoch_steps, "tokens_seen": tokens_seen,
                        "train_loss": totals[0] / totals[1],
                        "learning_rate": config.learning_rate * factor, "grad_norm": grad_norm}
             if speed.any():
@@ -875,7 +877,8 @@ def fine_tune(config):
                 bar.clear()
                 log.write(metrics)
         if save_now:
-            save_state(accelerator, {"step": step, "identity": identity}, output_dir)
+            progress = {"step": step, "tokens_seen": tokens_seen, "identity": identity}
+            save_state(accelerator, progress, output_dir)
             saved_step = step
         if stop:
             break

@@ -239,8 +239,9 @@ def test_plots_tensorboard_and_the_keys_of_the_log(whole):
     assert board.Tags()["images"] == ["confusion_matrix"]
     assert {"train_loss", "val_accuracy", "test_macro_f1"} <= {*board.Tags()["scalars"]}
     step = next(record for record in read_metrics(whole) if record["step"] == 20)
-    assert {*step} == {"step", "epoch", "train_loss", "learning_rate", "grad_norm", "val_loss",
-                       "samples_per_second", "tokens_per_second", "val_accuracy", "val_macro_f1"}
+    assert {*step} == {"step", "epoch", "tokens_seen", "train_loss", "learning_rate", "grad_norm",
+                       "val_loss", "samples_per_second", "tokens_per_second", "val_accuracy",
+                       "val_macro_f1"}
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "bert", "roberta", "distilbert"])
 @pytest.mark.parametrize("left", [False, True])
