@@ -517,8 +517,8 @@ def plan_memory(config, world_size, device):
     print the estimate for one process. Returns the config. Raises ValueError if it does not fit.
 
     A block keeps, of each token, two fp32 inputs of LayerNorm (8 D bytes) and 14 D numbers under
-    autocast: the inputs of its four matrices (7 D) and of GELU (4 D), and q, k, v (3 D); without
-    FlashAttention also its rows of attention weights and copies of q, k, v."""
+    autocast: the inputs of its four matrices (7 D) and of GELU (4 D), and q, k, v (3 D); where
+    there is no FlashAttention, also its attention weights."""
     with torch.device("meta"):
         n = sum(p.numel() for p in common.GPTModel(vars(config)).parameters())
     D, L, V = config.emb_dim, config.n_layers, config.vocab_size
@@ -528,8 +528,8 @@ def plan_memory(config, world_size, device):
     tokens = config.batch_size * config.context_length
     block = tokens * D * (8 + 14 * half + 2 * (config.drop_rate > 0))
     if not torch.backends.cuda.flash_sdp_enabled():
-        scores = config.n_heads * config.context_length * (3 if config.drop_rate else 1)
-        block += tokens * (3 * D + scores) * half
+        scores = tokens * config.n_heads * config.context_length
+        block += scores * half * (3 if config.drop_rate else 1)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else (
         psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     options = {"auto": ("off", "on"), "on": ("on",), "off": ("off",)}
