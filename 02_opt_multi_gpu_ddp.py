@@ -6,7 +6,7 @@ You learn   what torchrun sets and who uses it; how every rank takes its slice o
 Run it      torchrun --nproc_per_node=4 02_opt_multi_gpu_ddp.py                  # 1.42 B, 4 GPUs
             torchrun --nproc_per_node=2 02_opt_multi_gpu_ddp.py --preset tiny --precision fp32
 Expect      done: val_loss 1.4758 in 3.1 min; gpt_output has final_model, loss.png, ...
-            (no GPU, 2 CPU cores, Python 3.11, torch 2.13.0, 2026-11-21; 1.4740 in bf16)
+            (no GPU, 2 CPU cores, Python 3.11, torch 2.13.0, 2026-11-21; 1.4756 in bf16)
 Reads       --text_file: your text, Middlemarch (fetched once), or the manual inside every Python
 Writes      gpt_output/{metrics.jsonl, loss.png, loss.pdf, runs/, checkpoint.pt, final_model/}
 If it hangs NCCL_DEBUG=INFO TORCH_DISTRIBUTED_DEBUG=DETAIL names the operation that waits
