@@ -53,8 +53,8 @@ import common
 PRESETS = {
     "1.4B": dict(warmup_steps=20),  # and the defaults of Config
     "124M": dict(emb_dim=768, n_heads=12, n_layers=12, batch_size=16, warmup_steps=20),
-    "tiny": dict(text_file="python_docs", tokenizer="bytes", vocab_size=257, context_length=128,
-                 emb_dim=128, n_heads=4, n_layers=4, drop_rate=0, batch_size=8, eval_every=100,
+    "tiny": dict(text_file=["python_docs"], tokenizer="bytes", vocab_size=257, context_length=128,
+                 emb_dim=128, n_heads=4, n_layers=4, drop_rate=0.0, batch_size=8, eval_every=100,
                  gradient_accumulation_steps=1, max_steps=1000, learning_rate=2e-3,
                  lr_scaling="none", warmup_steps=50, sample_prompt="The class"),
 }
@@ -147,17 +147,13 @@ def parse_config(config_class, presets):
             isinstance(x, str) for value in from_file.values()
             for x in (value if isinstance(value, list) else [value])):
         raise ValueError(f"--config={path} must hold lines of the form flag: value")
-    def as_flags(values):
-        flags = []
-        for name, x in values.items():
-            flags += [f"--{name}", *map(str, x)] if isinstance(x, list) else [f"--{name}={x}"]
-        return flags
-    given = as_flags(from_file) + sys.argv[1:]
-    preset = getattr(parser.parse_known_args(given)[0], "preset", "")
-    config, unknown = parser.parse_args_into_dataclasses(
-        as_flags(presets.get(preset, {})) + given, return_remaining_strings=True,
-        look_for_args_file=False)
-    return error(f"unknown: {' '.join(unknown)}") if unknown else config
+    flags = []
+    for name, x in from_file.items():
+        flags += [f"--{name}", *x] if isinstance(x, list) else [f"--{name}={x}"]
+    flags += sys.argv[1:]
+    preset = getattr(parser.parse_known_args(flags)[0], "preset", "")
+    parser.set_defaults(**presets.get(preset, {}))
+    return config_class(**vars(parser.parse_args(flags)))
 # End of copied block: parse_config
 
 # Copied between scripts: setup_distributed

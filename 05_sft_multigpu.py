@@ -139,17 +139,13 @@ def parse_config(config_class, presets):
             isinstance(x, str) for value in from_file.values()
             for x in (value if isinstance(value, list) else [value])):
         raise ValueError(f"--config={path} must hold lines of the form flag: value")
-    def as_flags(values):
-        flags = []
-        for name, x in values.items():
-            flags += [f"--{name}", *map(str, x)] if isinstance(x, list) else [f"--{name}={x}"]
-        return flags
-    given = as_flags(from_file) + sys.argv[1:]
-    preset = getattr(parser.parse_known_args(given)[0], "preset", "")
-    config, unknown = parser.parse_args_into_dataclasses(
-        as_flags(presets.get(preset, {})) + given, return_remaining_strings=True,
-        look_for_args_file=False)
-    return error(f"unknown: {' '.join(unknown)}") if unknown else config
+    flags = []
+    for name, x in from_file.items():
+        flags += [f"--{name}", *x] if isinstance(x, list) else [f"--{name}={x}"]
+    flags += sys.argv[1:]
+    preset = getattr(parser.parse_known_args(flags)[0], "preset", "")
+    parser.set_defaults(**presets.get(preset, {}))
+    return config_class(**vars(parser.parse_args(flags)))
 # End of copied block: parse_config
 
 # Copied between scripts: setup_distributed

@@ -354,7 +354,8 @@ def test_the_closing_line_has_rows_failures_tokens_and_money(tmp_path, capfd):
 @pytest.mark.parametrize(("flags", "message"), [
     (["--num_examples=0"], "--num_examples=0 "), (["--temperature=3"], "--temperature=3"),
     (["--concurrency=0"], "--concurrency=0"), (["--price_per_million", "1"], "--price_per_million"),
-    (["--num_examples=20000"], "take --num_examples=13000"), (["--bad=1"], "unknown: --bad=1"),
+    (["--num_examples=20000"], "take --num_examples=13000"),
+    (["--bad=1"], "unrecognized arguments: --bad=1"),
     (["--base_url=localhost:1"], "--base_url=localhost:1"), (["--output_path=."], "Is a directory"),
     ([], "OPENAI_API_KEY holds no API key"),
     (["--base_url=http://127.0.0.1:{port}/v1", "--max_retries=0"],

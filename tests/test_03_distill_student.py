@@ -247,7 +247,7 @@ def test_bad_rows_are_named_by_line(words, kit, tmp_path):
     ({"temperature": 0}, "--temperature=0.0 must lie"),
     ({"val_fraction": 1}, "leaves none for training"),
     ({"kd_loss": "mse"}, "invalid choice: 'mse'"),
-    ({"colour": 1}, "unknown: --colour=1"),
+    ({"colour": 1}, "unrecognized arguments: --colour=1"),
 ])
 def test_bad_flags_end_in_one_line(changes, words, kit, tmp_path):
     assert re.fullmatch(f"error: .*{words}.*", distil_here(tmp_path, kit, **changes))

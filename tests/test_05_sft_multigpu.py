@@ -457,7 +457,7 @@ def test_bad_rows_are_named_by_line(words, kit, tmp_path):
     ({"max_length": 20}, "0 of 64 rows fit into --max_length"),
     ({"prompt": "x" * 300}, "--prompt has 3[0-9]+ tokens; take one .* --max_length 192"),
     ({"push_to_hub": "mine"}, "--push_to_hub needs a token: set HF_TOKEN"),
-    ({"colour": 1}, "unknown: --colour=1"),
+    ({"colour": 1}, "unrecognized arguments: --colour=1"),
 ])
 def test_bad_flags_end_in_one_line(changes, words, kit, tmp_path):
     assert re.fullmatch(f"error: .*{words}.*", tune_here(tmp_path, kit, **changes))
