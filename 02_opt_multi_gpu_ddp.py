@@ -167,12 +167,12 @@ def setup_distributed(device, backend, timeout_seconds):
                          "per node starts them together, see multi_gpu_train.slurm")
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    mps = torch.backends.mps.is_available() and world_size == 1  # gloo cannot reach it
     if device == "auto":
-        mps = torch.backends.mps.is_available() and world_size == 1  # gloo cannot reach it
         device = "cuda" if gpus else "mps" if mps else "cpu"
     if backend == "auto":
         backend = "nccl" if device == "cuda" and dist.is_nccl_available() else "gloo"
-    if (device == "cuda" and gpus == 0) or (
+    if (device == "cuda" and gpus == 0) or (device == "mps" and not mps) or (
             backend == "nccl" and (device != "cuda" or local_rank >= gpus)):
         raise ValueError(f"--device={device} --backend={backend} needs a GPU per process, here are "
                          f"{gpus}; start fewer processes, or take --device=cpu --backend=gloo")

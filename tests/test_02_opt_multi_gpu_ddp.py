@@ -377,8 +377,11 @@ def test_the_estimate_of_memory_is_within_10_percent_of_what_is_allocated(flags,
 
 def test_the_gpu_of_a_mac_is_found(monkeypatch):
     monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
-    place = importlib.import_module(NAME.removesuffix(".py")).setup_distributed("auto", "auto", 10)
-    assert place == (0, 1, torch.device("mps"))
+    setup_distributed = importlib.import_module(NAME.removesuffix(".py")).setup_distributed
+    assert setup_distributed("auto", "auto", 10) == (0, 1, torch.device("mps"))
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"--device=mps .*needs a GPU"):
+        setup_distributed("mps", "auto", 10)
 
 def test_too_little_memory_is_noticed_before_anything_is_allocated(tmp_path, monkeypatch):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2**20))
