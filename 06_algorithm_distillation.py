@@ -716,11 +716,9 @@ def distill_algorithm(config):
     windows = HistoryWindows(histories["states"], histories["outcomes"], config.n_transit)
     source_returns = histories["source_returns"].cpu()
     train_goals, val_goals, test_goals = split_goals(config)
-    n_rollouts = min(len(val_goals), len(test_goals)) * config.n_rollouts
-    if world_size > n_rollouts or global_batch_size > len(windows):
-        raise ValueError(f"{world_size} processes share {n_rollouts} rollouts, and a step takes "
-                         f"{global_batch_size} of {len(windows)} windows: start fewer processes or "
-                         "lower --train_batch_size")
+    if global_batch_size > len(windows):
+        raise ValueError(f"a step takes {global_batch_size} of {len(windows)} windows: lower "
+                         "--train_batch_size or start fewer processes")
 
     torch.manual_seed(config.seed)
     model = HistoryModel(config).to(device)

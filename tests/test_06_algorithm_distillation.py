@@ -438,11 +438,11 @@ def test_no_in_a_yaml_file_is_a_precision(lesson, tmp_path, monkeypatch):
     config = lesson.parse_config(lesson.Config, lesson.PRESETS)
     assert (config.mixed_precision, config.n_transit, config.seed) == ("no", 200, 3)
 
-def test_more_processes_than_rollouts_end_with_one_line_each_and_none_hangs(tmp_path):
-    flags = [*SMALL, "--n_val_goals=1", "--n_rollouts=1"]
+def test_under_torchrun_every_process_ends_with_that_line_and_none_hangs(tmp_path):
+    flags = [*SMALL, "--train_batch_size=1255"]
     run = run_script(tmp_path, NAME, *flags, launcher="torchrun", nproc=2, check=False)
     assert run.returncode == 1
-    assert len(re.findall("error: 2 processes share 1 rollouts", run.stderr)) == 2
+    assert len(re.findall("error: a step takes 2510 of 2508 windows", run.stderr)) == 2
     assert NAME + '", line' not in run.stderr  # a traceback of the lesson
 
 # --- What it is for -------------------------------------------------------------------------------
