@@ -829,8 +829,7 @@ def distill_algorithm(config):
             break
 
     # A signal during the last validation stops here; from here on, Ctrl-C does at once.
-    if not stop:
-        stop, = sum_over_ranks(device, len(stop_signals))
+    stop = stop or sum_over_ranks(device, len(stop_signals))[0]
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if stop:
         end = f"stopped by a signal after step {saved_step}; --resume goes on from there"

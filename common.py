@@ -50,8 +50,8 @@ class TransformerBlock(nn.Module):
         return x + self.drop_shortcut(self.ff.layers(self.norm2(x)))
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """F.cross_entropy(logits, targets, reduction="sum") in so many chunks that only one of them is
-    in memory in fp32; its gradient, softmax - 1 at the target, takes the place of its logits."""
+    """F.cross_entropy(logits, targets, reduction="sum"), computed in chunks, of which one at a time
+    is in memory in fp32; its gradient, softmax - 1 at the target, takes the place of its logits."""
     @staticmethod
     def forward(ctx, logits, targets, chunks):
         loss = 0.0
