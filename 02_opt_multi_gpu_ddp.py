@@ -67,7 +67,7 @@ AutoOnOff = Literal["auto", "on", "off"]
 
 @dataclass(frozen=True)
 class Config:
-    """Every field is a flag; the defaults are --preset 1.4B."""
+    """Every field is a flag; the defaults are --preset 1.4B, but for its warm-up."""
     # What a run is: a resumed run must agree in all fields from here to preset.
     vocab_size: int = HfArg(default=50304, help="GPT-2's 50,257 ids, padded to a multiple of 64")
     context_length: int = HfArg(default=1024, help="tokens per window")
