@@ -269,14 +269,18 @@ def atomic_folder(path):
 
 # Copied between scripts: claim_output_dir
 def claim_output_dir(output_dir, lock, may_exist):
-    """Lock output_dir until this process ends, however it ends; refuse to overwrite a result."""
+    """Lock output_dir until this process ends, however it ends; refuse to overwrite a result. When
+    torchrun restarts a run, what it finds is its own, unless the run was refused before."""
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
         raise ValueError(f"--output_dir={output_dir} is in use by another run") from None
     found = [*output_dir.glob("checkpoint*.pt"), *output_dir.glob("final_model")]
-    if found and not may_exist:
+    refused, restarts = output_dir / ".refused", os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if found and not may_exist and (restarts == "0" or refused.exists()):
+        refused.touch()
         raise ValueError(f"{found[0]} exists: --resume goes on with it, --overwrite replaces it")
+    refused.unlink(missing_ok=True)
 # End of copied block: claim_output_dir
 
 # Copied between scripts: load_checkpoint
@@ -658,7 +662,7 @@ def train(config):
     resume = config.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     lock = filelock.FileLock(output_dir / ".lock")  # rank 0 holds it as long as this name lives
     if not config.dry_run:
-        on_rank_0(claim_output_dir, output_dir, lock, resume or config.overwrite)
+        on_rank_0(claim_output_dir, output_dir, lock, config.resume or config.overwrite)
     weights, config = initial_weights(config)
     # In bf16 on a CPU, PyTorch's FlashAttention pays from 512 tokens on; with 128, attention by
     # plain matrix products is 2.3 times as fast. With dropout a CPU has nothing else.

@@ -161,16 +161,20 @@ def test_sigterm_ends_with_a_checkpoint_and_the_folder_is_locked_until_then(runs
     assert f"resumed from step {step} " in capfd.readouterr().out
     assert_same(folder, runs.whole.folder, rel=0)
 
-def test_a_finished_run_is_neither_changed_nor_overwritten_unasked(runs, tmp_path, capfd):
+def test_a_finished_run_is_neither_changed_nor_overwritten_unasked(
+        runs, tmp_path, capfd, monkeypatch):
     folder = new_folder(tmp_path / "run", runs.whole.folder)
     def contents():
-        return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        return {path: path.read_bytes() for path in folder.rglob("[!.]*") if path.is_file()}
     before = contents()
     assert train_here(folder, *ALONE, "--resume") == 0
     assert "finished" in capfd.readouterr().out
     assert contents() == before
-    assert re.match("error: .*gpt_output.*--resume.*--overwrite", train_here(folder, *ALONE))
-    assert contents() == before
+    for restarts in ("0", "1"):  # torchrun --max-restarts starts a refused run again
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
+        assert re.match("error: .*gpt_output.*--resume.*--overwrite", train_here(folder, *ALONE))
+        assert contents() == before
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")
     assert train_here(folder, "--max_steps=0", "--overwrite") == 0
     assert [record["step"] for record in read_metrics(folder)] == [0]
     assert not list(folder.glob("gpt_output/checkpoint*"))

@@ -198,7 +198,7 @@ def test_ctrl_c_ends_the_last_rollouts_which_resume_repeats(runs, tmp_path):
 def test_a_finished_run_is_neither_changed_nor_overwritten_unasked(runs, tmp_path, capfd):
     folder = new_folder(tmp_path / "run", runs.whole.folder)
     def contents():
-        return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        return {path: path.read_bytes() for path in folder.rglob("[!.]*") if path.is_file()}
     before = contents()
     assert train_here(folder, *ALONE, "--resume") == 0
     assert "finished" in capfd.readouterr().out
