@@ -443,8 +443,7 @@ def plot_metrics(output_dir, keys, ylabel):
 
 def open_dataset(source, dataset_config=""):
     """[(place, row)] of a JSONL, JSON or Parquet file, of a folder with one such file or one named
-    train*, or of the train split of a set on the hub. A broken line of JSONL is a ValueError, not
-    raised, in the place of its row."""
+    train*, or of the train split of a set on the hub. A row of JSONL is the bytes of its line."""
     path = Path(source)
     if path.is_dir():
         files = sorted(x for x in path.iterdir() if x.suffix in (".jsonl", ".json", ".parquet"))
@@ -454,12 +453,7 @@ def open_dataset(source, dataset_config=""):
                              "name the one file to train on")
         path = train[0]
     if path.suffix == ".jsonl":
-        def parse(line):
-            try:
-                return json.loads(line)
-            except (ValueError, RecursionError) as problem:
-                return ValueError(problem)
-        return [(f"{path}:{n}", parse(x)) for n, x in enumerate(open(path, "rb"), 1) if x.strip()]
+        return [(f"{path}:{n}", line) for n, line in enumerate(open(path, "rb"), 1) if line.strip()]
     try:
         if path.suffix == ".json":
             rows = json.loads(path.read_bytes())
@@ -483,7 +477,7 @@ def as_messages(row):
     """(messages, form) of a row of any of the forms that people use; ValueError for others. An
     empty system message, and what the user says last, unanswered, are left out."""
     if not isinstance(row, dict):
-        raise row if isinstance(row, ValueError) else ValueError("a row must be a JSON object")
+        raise ValueError("a row must be a JSON object")
     if row.get("messages") is not None:
         form, messages = "messages", [{"role": m["role"], "content": m["content"]}
                                       for m in row["messages"]]
@@ -531,12 +525,12 @@ def load_chats(source, dataset_config=""):
     chats, forms, problems = [], set(), []
     for place, row in open_dataset(source, dataset_config):
         try:
-            messages, form = as_messages(row)
+            messages, form = as_messages(json.loads(row) if isinstance(row, bytes) else row)
             chats.append((place, messages))
             forms.add(form)
         except KeyError as problem:
             problems.append(f"{place}: there is no {problem}")
-        except (ValueError, TypeError, AttributeError) as problem:
+        except (ValueError, TypeError, AttributeError, RecursionError) as problem:
             problems.append(f"{place}: {problem}")
     if problems or not chats:
         raise ValueError(f"{problems[0]} ({len(problems)} bad rows)" if problems
