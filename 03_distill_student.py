@@ -694,12 +694,12 @@ def distill(config):
     # would be rounded away, and a GradScaler refuses such gradients. Nobody updates the teacher.
     conversations = read_conversations(config.dataset_path)
     model, tokenizer = load_model("student_model", config.student_model, torch.float32, device)
-    positions = lambda model: getattr(model.config, "max_position_embeddings", 0)
-    teacher, max_length = None, min(config.max_length, positions(model) or config.max_length)
+    positions = lambda model: getattr(model.config, "max_position_embeddings", config.max_length)
+    teacher, max_length = None, min(config.max_length, positions(model))
     if config.teacher_model:
         teacher, vocabulary = load_model("teacher_model", config.teacher_model,
                                          torch.float32 if precision == "fp32" else half, device)
-        max_length = min(max_length, positions(teacher) or max_length)
+        max_length = min(max_length, positions(teacher))
         if vocabulary.get_vocab() != tokenizer.get_vocab():
             raise ValueError(f"--teacher_model={config.teacher_model} has another vocabulary than "
                              f"--student_model={config.student_model}: its distribution over tokens"
