@@ -779,13 +779,12 @@ def distill(config):
     after_step = start_profiler(output_dir, device) if config.profile and is_main else lambda: None
     began, saved_step, stop = time.perf_counter(), start_step, 0
     loss_sum, loss_targets, seconds, timed_tokens = 0.0, 0, 0.0, 0
+    bar = tqdm(total=total_steps, initial=start_step, disable=None if is_main else True)
 
     for step in range(start_step + 1, total_steps + 1):
         epoch, position = divmod(step - 1, epoch_steps)
         if position == 0 or step == start_step + 1:
             batches = epoch_batches(lengths, global_batch_size, config.seed, epoch)
-            bar = tqdm(total=epoch_steps, initial=position, desc=f"epoch {epoch + 1}", unit="step",
-                       disable=None if is_main else True)
         started, step_loss = time.perf_counter(), torch.zeros((), device=device)
         learning_rate = learning_rate_at(
             step, total_steps, config.learning_rate, config.warmup_steps, min_lr_ratio=0)
@@ -842,9 +841,7 @@ def distill(config):
         after_step()
 
         last, epoch_ends = step == total_steps, position == epoch_steps - 1
-        if pause := epoch_ends or last or stop:
-            bar.close()
-        save_now = pause or step % config.save_every == 0
+        save_now = step % config.save_every == 0 or epoch_ends or last or stop
         if save_now or step % config.log_every == 0:
             metrics = {"step": step, "epoch": step / epoch_steps, "tokens_seen": tokens_seen,
                        "train_loss": loss_sum / loss_targets, "learning_rate": learning_rate,
@@ -859,11 +856,11 @@ def distill(config):
                 metrics["val_loss"] = response_loss(model, val_rows, config.batch_size, *place)
             loss_sum, loss_targets, seconds, timed_tokens = 0.0, 0, 0.0, 0
             if is_main:
+                bar.clear()
                 if last:
                     first = json.loads((output_dir / "metrics.jsonl").open().readline())
                     metrics |= {key: x for key, x in first.items() if key.startswith("before_")}
                     write_answers(output_dir / "answers_after.jsonl", answers)
-                bar.clear()
                 log.write(metrics)
         if save_now:
             if is_main:
@@ -873,6 +870,7 @@ def distill(config):
         if stop:
             break
 
+    bar.close()
     if stop:
         end = f"stopped by a signal after step {step}; --resume goes on from there"
     elif finished:

@@ -1040,11 +1040,11 @@ def tune(config):
                 metrics |= evaluate_chats(model, val_rows, config, *place)
             loss_sum, loss_targets, seconds, timed_tokens = 0.0, 0, 0.0, 0
             if is_main:
+                bar.clear()
                 if last:
                     first = json.loads((output_dir / "metrics.jsonl").open().readline())
                     metrics |= {key: x for key, x in first.items() if key.startswith("before_")}
                     write_answers(output_dir / "answers_after.jsonl", answers)
-                bar.clear()
                 log.write(metrics)
         if save_now:
             if is_main:
