@@ -499,7 +499,7 @@ def encode(conversations, tokenizer, max_length):
 
 def collate(rows):
     """input_ids and targets, each (B, T) int64: targets lie one token further, and are -100 outside
-    the responses. Padding stands on the right, where causal attention never looks from the left, so
+    the responses. Padding stands on the right, and causal attention looks only to the left, so that
     there is no mask to pass. A row None is padding alone."""
     rows = [row or (np.zeros(2, np.int32), 2) for row in rows]
     input_ids = torch.zeros(len(rows), max(len(ids) for ids, _ in rows) - 1, dtype=torch.int64)
@@ -527,8 +527,8 @@ def split_rows(encoded, val_fraction, seed):
 # Copied between scripts: epoch_batches
 def epoch_batches(lengths, batch, seed, epoch):
     """Global batches of row numbers, every row once, the same on every rank: a random order, sorted
-    by length within groups of up to 50 batches, so that a batch is short or long as a whole. The
-    last batch is filled up with None."""
+    by length within groups of up to 50 batches, so that a batch is short or long as a whole. One
+    batch, anywhere in the order, is filled up with None."""
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(lengths)).tolist()
     group = batch * max(1, min(50, len(order) // (4 * batch)))
@@ -805,8 +805,8 @@ def distill(config):
                                          for x in (input_ids, targets[keep], *keep))
             seeds = np.random.SeedSequence([config.seed, step, micro_step, rank])
             torch.manual_seed(int(seeds.generate_state(1)[0]))  # of dropout
-            # The forward pass goes through DDP's own module: model(...) would compute the same
-            # loss, and no gradient would ever be averaged. no_sync() as in 02.
+            # Through DDP's wrapper: model(...) has the same loss, but its gradients would never be
+            # averaged. In no_sync() they only add up; the step's last backward() averages them.
             synchronise = micro_step == config.gradient_accumulation_steps - 1
             with nullcontext() if synchronise else no_sync():
                 with autocast():

@@ -647,7 +647,7 @@ def padding_share(lengths, batches, batch_size):
 def collate_chats(rows):
     """input_ids, targets, position_ids, each (B, T) int64, of rows of chats [(ids, labels)]:
     targets lie one token further, positions start at 0 in each chat. Padding stands on the right,
-    where causal attention never looks from the left. A row None is padding alone."""
+    and causal attention looks only to the left. A row None is padding alone."""
     lengths = [sum(len(ids) - 1 for ids, _ in row or []) for row in rows]
     input_ids = torch.zeros(len(rows), max(*lengths, 1), dtype=torch.int64)
     targets = torch.full_like(input_ids, -100)
@@ -685,8 +685,8 @@ def split_rows(encoded, val_fraction, seed):
 # Copied between scripts: epoch_batches
 def epoch_batches(lengths, batch, seed, epoch):
     """Global batches of row numbers, every row once, the same on every rank: a random order, sorted
-    by length within groups of up to 50 batches, so that a batch is short or long as a whole. The
-    last batch is filled up with None."""
+    by length within groups of up to 50 batches, so that a batch is short or long as a whole. One
+    batch, anywhere in the order, is filled up with None."""
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(lengths)).tolist()
     group = batch * max(1, min(50, len(order) // (4 * batch)))
@@ -992,8 +992,8 @@ def tune(config):
             rows = [None if i is None else train_rows[i] for i in chosen]
             seeds = np.random.SeedSequence([config.seed, step, micro_step, rank])
             torch.manual_seed(int(seeds.generate_state(1)[0]))  # of dropout
-            # The forward pass goes through DDP's own module: model(...) would compute the same
-            # loss, and no gradient would ever be averaged. no_sync() as in 02.
+            # Through DDP's wrapper: model(...) has the same loss, but its gradients would never be
+            # averaged. In no_sync() they only add up; the step's last backward() averages them.
             synchronise = micro_step == config.gradient_accumulation_steps - 1
             with nullcontext() if synchronise else no_sync():
                 with autocast():
