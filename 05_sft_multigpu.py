@@ -651,14 +651,14 @@ def collate_chats(rows):
     lengths = [sum(len(ids) - 1 for ids, _ in row or []) for row in rows]
     input_ids = torch.zeros(len(rows), max(*lengths, 1), dtype=torch.int64)
     targets = torch.full_like(input_ids, -100)
-    position_ids = torch.arange(input_ids.shape[1]).expand_as(input_ids).clone()
+    position_ids = torch.zeros_like(input_ids)
     for i, row in enumerate(rows):
         start = 0
         for ids, labels in row or []:
             end = start + len(ids) - 1
             input_ids[i, start:end] = torch.from_numpy(ids[:-1])
             targets[i, start:end] = torch.from_numpy(labels[1:])
-            position_ids[i, start:] -= position_ids[i, start].item()
+            position_ids[i, start:end] = torch.arange(end - start)
             start = end
     return input_ids, targets, position_ids
 
