@@ -670,8 +670,8 @@ def export_model(model, tokenizer, output_dir, ylabel, keys):
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     *_, last = map(json.loads, (output_dir / "metrics.jsonl").open())
-    return ", ".join(f"{key} {last.get(f'before_{key}', math.nan):.4g} -> {last[key]:.4g}"
-                     for key in keys)
+    number = lambda key: f"{np.float64(last.get(key)):.4g}"  # null is nan again
+    return ", ".join(f"{key} {number(f'before_{key}')} -> {number(key)}" for key in keys)
 # End of copied block: export_model
 
 # --- Step 4. Training ----------------------------------------------------------------------------
@@ -859,7 +859,7 @@ def distill(config):
                 bar.clear()
                 if last:
                     first = json.loads((output_dir / "metrics.jsonl").open().readline())
-                    metrics |= {key: x for key, x in first.items() if key.startswith("before_")}
+                    metrics |= {key: np.float64(x) for key, x in first.items() if "before_" in key}
                     write_answers(output_dir / "answers_after.jsonl", answers)
                 log.write(metrics)
         if save_now:

@@ -26,7 +26,7 @@ from conftest import (
     started,
     write_rows,
 )
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -292,6 +292,19 @@ def test_a_model_whose_file_could_not_be_saved_is_exported(kit, tmp_path):
     shutil.copytree(kit / "gpt", tmp_path / "model")
     (tmp_path / "model/generation_config.json").write_text('{"temperature": 0.6, "top_p": 0.9}')
     assert tune_here(tmp_path, kit, model=tmp_path / "model", max_steps=0) == 0
+
+def test_a_held_out_loss_that_is_not_a_number_costs_no_model(kit, tmp_path, capfd):
+    shutil.copytree(kit / "gpt", tmp_path / "model")
+    path = tmp_path / "model/model.safetensors"
+    weights = load_file(path)
+    weights["transformer.wte.weight"][ord("Z")] = float("nan")
+    save_file(weights, path, {"format": "pt"})
+    write_rows(tmp_path / "held_out.jsonl", [{"messages": chat("Z?", "Z.")}])
+    assert tune_here(tmp_path, kit, model=tmp_path / "model", max_steps=1,
+                     validation_file=tmp_path / "held_out.jsonl") == 0
+    assert re.search("^done: val_loss nan -> nan, val_token_accuracy [0-9]", capfd.readouterr().out,
+                     re.M)
+    assert read_metrics(tmp_path)[-1]["train_loss"] > 0
 
 def test_a_model_learns_its_chats_by_heart_and_to_stop(kit, tmp_path):
     """... and its folder answers in a pipeline."""
