@@ -664,8 +664,10 @@ def export_model(model, tokenizer, output_dir, ylabel, keys):
     axes.figure.savefig(output_dir / "loss.png", dpi=150)
     settings = model.generation_config
     settings.eos_token_id = tokenizer.eos_token_id  # where it has learned to stop
-    if settings.temperature not in (None, 1) or settings.top_p not in (None, 1):
-        settings.do_sample = True  # where a model's file lacks this, it could not be saved
+    try:
+        settings.validate(strict=True)
+    except ValueError:  # a file has top_k or the like, and not that it samples: cannot be saved
+        settings.do_sample = True
     with atomic_folder(output_dir / "final_model") as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

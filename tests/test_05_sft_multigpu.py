@@ -290,7 +290,7 @@ def test_a_template_with_todays_date_gives_the_same_tokens_tomorrow(kit, monkeyp
 
 def test_a_model_whose_file_could_not_be_saved_is_exported(kit, tmp_path):
     shutil.copytree(kit / "gpt", tmp_path / "model")
-    (tmp_path / "model/generation_config.json").write_text('{"temperature": 0.6, "top_p": 0.9}')
+    (tmp_path / "model/generation_config.json").write_text('{"temperature": 0.6, "top_k": 9}')
     assert tune_here(tmp_path, kit, model=tmp_path / "model", max_steps=0) == 0
 
 def test_a_held_out_loss_that_is_not_a_number_costs_no_model(kit, tmp_path, capfd):
