@@ -739,10 +739,8 @@ def distill(config):
               f"{world_size} processes = {global_batch_size} rows a step; {epoch_steps} steps per "
               f"epoch, {total_steps} in all; {precision} on {device}", flush=True)
 
-    if config.gradient_checkpointing:
-        enable = getattr(model, "activation_checkpointing_enable",  # the name in transformers 5.23
-                         model.gradient_checkpointing_enable)
-        enable({"use_reentrant": False})
+    if config.gradient_checkpointing:  # called activation_checkpointing in transformers 5.23
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     groups = [{"params": [p for p in model.parameters() if p.dim() >= 2]},
               {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, config.learning_rate, weight_decay=config.weight_decay,
