@@ -901,7 +901,7 @@ def start_workers(world_size):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     logging.getLogger("torch.multiprocessing.spawn").setLevel("ERROR")  # the workers say it
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // world_size)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // world_size)))
     workers = mp.spawn(worker, (world_size, port), nprocs=world_size, join=False)
     for name in {"SIGTERM", "SIGUSR1"} & set(dir(signal)):
         signal.signal(getattr(signal, name), lambda number, frame: [
