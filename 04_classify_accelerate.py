@@ -607,24 +607,22 @@ def score(accelerator, model, loader, n):
 
 def save_state(accelerator, progress, output_dir):
     """accelerator.save_state into a folder that gets the name checkpoint only when it is whole; the
-    one before is kept. progress.json has the checksums of its files."""
+    one before is kept. progress.json has the checksums of its files. By rank 0 alone: others would
+    add random states, which nobody needs."""
     folder, previous = output_dir / "checkpoint", output_dir / "checkpoint.previous"
     unfinished = output_dir / "checkpoint.unfinished"
-    def finish():
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        accelerator.save_state(unfinished)
         progress["sha256"] = {path.name: sha256(path) for path in unfinished.iterdir()}
         (unfinished / "progress.json").write_text(json.dumps(progress))
         if folder.exists():
             shutil.rmtree(previous, ignore_errors=True)
             folder.rename(previous)
         unfinished.rename(folder)
-    on_rank_0(shutil.rmtree, unfinished, True)
-    try:
-        accelerator.save_state(unfinished)  # weights by rank 0, random states by every process
     except Exception as problem:  # on a full disk, libraries raise many kinds
         shutil.rmtree(unfinished, ignore_errors=True)
         raise OSError(f"{folder} cannot be written, is there space? {problem}") from problem
-    accelerator.wait_for_everyone()
-    on_rank_0(finish)
 
 def sha256(path):
     """The checksum of a file, which is on disk then."""
@@ -878,7 +876,7 @@ def fine_tune(config):
                 log.write(metrics)
         if save_now:
             progress = {"step": step, "tokens_seen": tokens_seen, "identity": identity}
-            save_state(accelerator, progress, output_dir)
+            on_rank_0(save_state, accelerator, progress, output_dir)
             saved_step = step
         if stop:
             break
