@@ -763,7 +763,7 @@ def fine_tune(config):
     tokens_seen = progress.get("tokens_seen", 0)
     # prepare() wraps the model in DDP, whose backward() averages gradients over the processes, and
     # a loader so that each process gets every world_size-th batch, on its device.
-    model, optimizer = accelerator.prepare(model, build_optimizer(config, model))
+    network, optimizer = accelerator.prepare(model, build_optimizer(config, model))
     # Tensor cores like multiples of 8, which must not lead beyond the model's last position.
     multiple = 8 if accelerator.mixed_precision != "no" and max_length % 8 == 0 else None
     settings = dict(collate_fn=DataCollatorWithPadding(tokenizer, pad_to_multiple_of=multiple),
@@ -778,10 +778,9 @@ def fine_tune(config):
         sorted(data[split], key=lambda row: len(row["input_ids"])), config.batch_size, **settings))
         for split in data if split != "train"}
     # Save weights without DDP's "module." before their names: any number of processes can resume.
-    accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.__setitem__(
-        0, accelerator.unwrap_model(models[0]).state_dict()))
-    accelerator.register_load_state_pre_hook(lambda models, folder: models.__setitem__(
-        0, accelerator.unwrap_model(models[0])))
+    accelerator.register_save_state_pre_hook(
+        lambda models, weights, folder: weights.__setitem__(0, model.state_dict()))
+    accelerator.register_load_state_pre_hook(lambda models, folder: models.__setitem__(0, model))
     if folder:
         try:
             accelerator.load_state(folder)
@@ -803,10 +802,10 @@ def fine_tune(config):
 
     def validate(step):
         """Returns what to log; the best model up to now is saved."""
-        scores = score(accelerator, model, loaders["validation"], len(names))
+        scores = score(accelerator, network, loaders["validation"], len(names))
         if scores["accuracy"] > best.get("val_accuracy", -1):
             best.update(step=step, val_accuracy=scores["accuracy"])
-            on_rank_0(save_best, output_dir, accelerator.unwrap_model(model), tokenizer, best)
+            on_rank_0(save_best, output_dir, model, tokenizer, best)
         return {f"val_{key}": scores[key] for key in SCORES}
 
     if not folder:
@@ -832,8 +831,8 @@ def fine_tune(config):
             seeds = np.random.SeedSequence([config.seed, step, micro_step, rank])
             torch.manual_seed(int(seeds.generate_state(1)[0]))  # of dropout
             # For all but the last micro-batch, accumulate() keeps DDP from averaging gradients.
-            with accelerator.accumulate(model):
-                loss = F.cross_entropy(model(**batch).logits.float(), labels, reduction="sum")
+            with accelerator.accumulate(network):
+                loss = F.cross_entropy(network(**batch).logits.float(), labels, reduction="sum")
                 # The mean over the global batch is the sum over processes and micro-batches divided
                 # by its size. backward() will divide by accumulation, and DDP by world_size.
                 accelerator.backward(loss * (accumulation * world_size / global_batch_size))
@@ -896,9 +895,9 @@ def fine_tune(config):
                              f"{start_step}, was removed; --overwrite starts afresh")
         trained = AutoModelForSequenceClassification.from_pretrained(
             output_dir / "final_model", dtype=torch.float32)
-        accelerator.unwrap_model(model).load_state_dict(trained.state_dict())
+        model.load_state_dict(trained.state_dict())
         split = "test" if "test" in data else "validation"
-        scores = score(accelerator, model, loaders[split], len(names))
+        scores = score(accelerator, network, loaders[split], len(names))
         logged = (output_dir / "metrics.jsonl").read_text().splitlines()[-1] if is_main else ""
         if is_main and split == "test" and "test_loss" not in logged:  # by a run killed below
             log.write({"step": total_steps, "epoch": total_steps / epoch_steps}

@@ -167,9 +167,12 @@ def test_accelerate_launch_on_two_processes_trains_as_one_does(pairs, whole):
     assert "2 rows x 2 micro-batches x 2 processes = 8 rows a step" in run.stdout
     assert_same(run.folder, whole, rel=1e-4)
 
-@pytest.mark.parametrize(("batch_size", "accumulation"), [(1, 8), (4, 2)])
+@pytest.mark.parametrize(("batch_size", "accumulation", "compiler"), [
+    (1, 8, "no"), (4, 2, "eager")])
 def test_accumulation_over_the_same_global_batch_trains_the_same(
-        batch_size, accumulation, whole, material, tmp_path):
+        batch_size, accumulation, compiler, whole, material, tmp_path, monkeypatch):
+    """Also with the torch.compile() of `accelerate config`."""
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", compiler)
     folder = new_folder(tmp_path / "run", material)
     assert train_here(folder, f"--batch_size={batch_size}",
                       f"--gradient_accumulation_steps={accumulation}") == 0
