@@ -926,9 +926,11 @@ def main():
         sys.exit(fine_tune(config))
     except torch.OutOfMemoryError:
         free, total = (size / 2**30 for size in torch.cuda.mem_get_info())
+        less = ("a smaller --max_length" if config.gradient_checkpointing
+                else "--gradient_checkpointing")
         message = (f"out of GPU memory, {total - free:.1f} of {total:.1f} GiB are taken; half the "
                    f"--batch_size {config.batch_size} with twice the --gradient_accumulation_steps "
-                   "gives the same, so does --gradient_checkpointing")
+                   f"takes less for the same global batch, and so does {less}")
     except (ValueError, OSError, RuntimeError, KeyboardInterrupt) as problem:
         message = explain(problem)
     sys.stderr.write(f"error: {message}\n")  # in one piece: other ranks write here too
