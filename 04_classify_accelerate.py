@@ -534,7 +534,8 @@ def load_classifier(config, names):
                          model.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
     table = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
-    first = (getattr(table, "padding_idx", None) or -1) + 1  # RoBERTa's positions begin after it
+    padding = getattr(table, "padding_idx", None)
+    first = 0 if padding is None else padding + 1  # RoBERTa's positions begin after it
     positions = getattr(model.config, "max_position_embeddings", math.inf) - first
     max_length = min(config.max_length, tokenizer.model_max_length, positions)
     return model, tokenizer, max_length, notes
