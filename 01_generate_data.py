@@ -129,8 +129,8 @@ def file_prompts(path):
             row = json.loads(line) if is_json else {"prompt": line.decode("utf-8-sig").strip()}
             messages = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
             messages = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-            texts = [message["role"] + message["content"].strip() for message in messages]
-            if messages[-1]["role"] != "user" or "user" in texts or not "".join(texts).encode():
+            texts = [(x["role"] + x["content"].strip()).encode() for x in messages]
+            if messages[-1]["role"] != "user" or b"user" in texts:
                 raise ValueError
             yield messages
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
