@@ -267,7 +267,7 @@ class Progress:
     """What this run has done so far, and the bar that shows it; in a pipe, 20 lines."""
     def __init__(self, config, rows):
         self.config, self.rows, self.rows_before, self.began = config, rows, rows, time.monotonic()
-        self.failures, self.in_a_row = Counter(), 0  # by reason; since the last good row
+        self.failures, self.in_a_row = Counter(), Counter()  # by reason; since the last good row
         self.tokens, self.finish_reasons = Counter(), Counter()
         self.bar = tqdm(total=config.num_examples, initial=rows, unit="row", disable=None)
 
@@ -278,18 +278,20 @@ class Progress:
             self.finish_reasons[parts["finish_reason"]] += 1
             if self.finish_reasons.total() == 50 and self.finish_reasons["length"] > 10:
                 tqdm.write("over 20% of the first 50 answers are cut off: raise --max_tokens")
-        self.rows += not reason
-        self.in_a_row = self.in_a_row + 1 if reason else 0
         if reason:
             self.failures[reason] += 1
+            self.in_a_row[reason] += 1
             self.last_failure = f"{reason}, {parts['response'][:300]}"
+        else:
+            self.rows += 1
+            self.in_a_row.clear()
         self.bar.set_postfix_str(self.summary(), refresh=False)
         self.bar.update(not reason)
         if self.bar.disable and not reason and self.rows * 20 % self.config.num_examples < 20:
             print(f"{self.rows:,} of {self.config.num_examples:,} rows, {self.summary()}")
-        if self.in_a_row == 50 * self.config.attempts:
-            mostly = self.failures.most_common(1)[0][0]
-            raise ValueError(f"{self.in_a_row} failures in a row, mostly {mostly}; the last: "
+        if (n := self.in_a_row.total()) == 50 * self.config.attempts:
+            mostly = self.in_a_row.most_common(1)[0][0]
+            raise ValueError(f"{n} failures in a row, mostly {mostly}; the last: "
                              + self.last_failure)
 
     def summary(self):

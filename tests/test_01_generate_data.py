@@ -160,10 +160,13 @@ def test_another_seed_asks_other_prompts_first(tmp_path):
     assert first == third and len(first & second) < 10
 
 def test_fifty_failures_in_a_row_end_the_run(tmp_path):
-    with teacher(lambda prompt, asked: "content_filter") as server:
+    def behave(prompt, asked):
+        n = len(server.requests)  # 60 single failures do not count among the 50
+        return "content_filter" if n > 120 else "empty" if n % 2 else None
+    with teacher(behave) as server:
         error = generate(tmp_path, server, "--num_examples=1000")
     assert re.match("error: 50 failures in a row, mostly content_filter", error)
-    assert 50 <= len(server.requests) <= 66
+    assert 150 <= len(server.requests) <= 190
 
 @pytest.mark.parametrize("keep", [False, True])
 def test_many_cut_off_answers_are_reported_once_and_kept_on_demand(keep, tmp_path, capfd):
