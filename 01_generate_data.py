@@ -337,7 +337,7 @@ async def collect(config, key, prompts, todo, progress):
 
     loop, task, signals = asyncio.get_running_loop(), asyncio.current_task(), []
     def stop(number, frame):
-        if not signals:
+        if not signals and not task.done():  # once; when all is done, the loop may be closed
             loop.call_soon_threadsafe(task.cancel)
         signals.append(number)
     for number in (signal.SIGTERM, signal.SIGINT):
