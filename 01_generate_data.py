@@ -370,7 +370,7 @@ def generate(config):
         raise ValueError(f"--num_examples={config.num_examples} asks for more than {len(prompts)} "
                          f"different prompts can give; take --num_examples={len(done) + len(todo)}")
     key = os.environ.get(config.api_key_env_var, "").strip() or (config.base_url and "none")
-    if not key or not key.isprintable():
+    if not (key and key.isascii() and key.isprintable()):
         raise ValueError(f"{config.api_key_env_var} holds no API key: set it, or use --base_url")
     print(f"{len(done):,} of {config.num_examples:,} rows are in {path}; asking {config.model}")
     progress = Progress(config, len(done))
