@@ -92,10 +92,9 @@ def save(path, title, results):
             lines.append(f"| {name} | needs a GPU | | | |")
             continue
         speed, mfu, memory = record
-        ratio = f"{speed / before:.2f} x" if before else ""
+        name, ratio = (f"+ {name}", f"{speed / before:.2f} x") if before else (name, "")
         share = f"{mfu:.1%}" if mfu else "unknown peak"
-        lines.append(f"| + {name} | {speed:,.0f} | {ratio} | {share} | {memory:.2f} |"
-                     if before else f"| {name} | {speed:,.0f} | | {share} | {memory:.2f} |")
+        lines.append(f"| {name} | {speed:,.0f} | {ratio} | {share} | {memory:.2f} |")
         before = speed
     print("\n".join(lines))
     path.with_suffix(".md").write_text("\n".join(lines) + "\n", "utf-8")
