@@ -83,15 +83,15 @@ def measure_requests():
     url, rows = f"http://127.0.0.1:{port.value}/v1", []
     command = [sys.executable, ROOT / SCRIPT, "--base_url", url, "--output_path", "rows.jsonl",
                "--concurrency", CONCURRENCY]
-    for attempt in range(3):
+    for run in range(1, 4):
         with tempfile.TemporaryDirectory() as folder:
             times[:] = [0, 0]
             seconds, memory = run_measured([*command, "--num_examples", EXAMPLES], folder)
             assert len((Path(folder) / "rows.jsonl").read_bytes().splitlines()) == EXAMPLES
-            rows.append((f"{SCRIPT}, run {attempt + 1}", times[1] - times[0], seconds, memory))
+            rows.append((f"{SCRIPT}, run {run}", times[1] - times[0], seconds, memory))
             times[:], began = [0, 0], time.time()
             asyncio.run(ask_plainly(url))
-            seconds, name = time.time() - began, f"chat.completions.create(), run {attempt + 1}"
+            seconds, name = time.time() - began, f"chat.completions.create(), run {run}"
             rows.append((name, times[1] - times[0], seconds, float("nan")))
     with tempfile.TemporaryDirectory() as folder:
         prompts = Path(folder) / "prompts.txt"
