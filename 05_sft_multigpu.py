@@ -248,14 +248,14 @@ def atomic_folder(path):
     """A new, empty folder that gets its name, and replaces what has it, only when it is filled."""
     unfinished = path.with_name(f"{path.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
     try:
+        unfinished.mkdir()
         yield unfinished
+        shutil.rmtree(path, ignore_errors=True)
+        unfinished.rename(path)
     except Exception as problem:  # on a full disk, libraries raise many kinds
         shutil.rmtree(unfinished, ignore_errors=True)
         raise OSError(f"{path} cannot be written, is there space? {problem}") from problem
-    shutil.rmtree(path, ignore_errors=True)
-    unfinished.rename(path)
 # End of copied block: atomic_folder
 
 # Copied between scripts: claim_output_dir
