@@ -529,10 +529,8 @@ def load_classifier(config, names):
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     model.config.use_cache = False
     model.train()  # from_pretrained has switched dropout off
-    if config.gradient_checkpointing:
-        enable = getattr(model, "activation_checkpointing_enable",  # the name in transformers 5.23
-                         model.gradient_checkpointing_enable)
-        enable({"use_reentrant": False})
+    if config.gradient_checkpointing:  # called activation_checkpointing in transformers 5.23
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     table = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
     padding = getattr(table, "padding_idx", None)
     first = 0 if padding is None else padding + 1  # RoBERTa's positions begin after it
@@ -607,23 +605,16 @@ def score(accelerator, model, loader, n):
             "recall": (hits / np.maximum(true, 1)).tolist(), "confusion": confusion.tolist()}
 
 def save_state(accelerator, progress, output_dir):
-    """accelerator.save_state into a folder that gets the name checkpoint only when it is whole; the
-    one before is kept. progress.json has the checksums of its files. By rank 0 alone: others would
-    add random states, which nobody needs."""
+    """accelerator.save_state into checkpoint/; the one before is kept. progress.json has the
+    checksums of its files. By rank 0 alone: others would add random states, which nobody needs."""
     folder, previous = output_dir / "checkpoint", output_dir / "checkpoint.previous"
-    unfinished = output_dir / "checkpoint.unfinished"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    try:
+    with atomic_folder(folder) as unfinished:
         accelerator.save_state(unfinished)
         progress["sha256"] = {path.name: sha256(path) for path in unfinished.iterdir()}
         (unfinished / "progress.json").write_text(json.dumps(progress))
         if folder.exists():
             shutil.rmtree(previous, ignore_errors=True)
             folder.rename(previous)
-        unfinished.rename(folder)
-    except Exception as problem:  # on a full disk, libraries raise many kinds
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise OSError(f"{folder} cannot be written, is there space? {problem}") from problem
 
 def sha256(path):
     """The checksum of a file, which is on disk then."""
