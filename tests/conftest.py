@@ -133,6 +133,8 @@ def run_script(folder, name, *flags, check=True, timeout=120, **launch):
 def run_main(folder, name, *flags):
     """The lesson in this process, without its start. Returns its exit code: 0 or the error line."""
     script = importlib.import_module(Path(name).stem)
+    torch.backends.cuda.enable_flash_sdp(True)  # as in a new process: 02 may have set these
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(False)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(sys, "argv", [name, *map(str, flags)])
